@@ -1,0 +1,42 @@
+# The commands of the project; `make` alone lists them. All that is made lies in .venv and build.
+PYTHON ?= python3
+RUN = .venv/bin/python book/build.py
+export TORCH_INDEX
+.DEFAULT_GOAL = help
+.PHONY: help env book smoke test nb serve sync status clean
+
+help:  ## this list
+	@awk -F ':[^#]*## *' '/^[a-z]+:.*##/ {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## install everything into .venv, once (TORCH_INDEX=URL takes torch from there)
+	@command -v $(PYTHON) >/dev/null || { echo "make env: no $(PYTHON): install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) book/env.py
+
+book: env  ## run what is out of date and build the site in build/site
+	@$(RUN) book
+
+test: env  ## check sync, run all notebooks small, pytest, build that run strictly
+	@$(RUN) sync --check
+	@$(RUN) smoke
+	@.venv/bin/python -m pytest
+	@$(RUN) site smoke
+
+smoke: env  ## run all notebooks at a small size into build/smoke (FORCE=1: all of them again)
+	@$(RUN) smoke $(if $(FORCE),--force)
+
+nb: env  ## run one notebook again at digits size: make nb NB=02_ddpm
+	@$(RUN) nb "$(NB)"
+
+status: env  ## which runs are fresh, and why the others are not
+	@$(RUN) status
+
+serve:  ## show build/site at http://localhost:8000 (PORT=)
+	@test -f build/site/index.html || { echo "make serve: there is no site yet: make book"; exit 1; }
+	@echo "http://localhost:$(or $(PORT),8000)"
+	@$(PYTHON) -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory build/site
+
+sync: env  ## export the modules and clean the notebooks
+	@$(RUN) sync
+
+clean:  ## remove what was made: build, with its trained runs (.venv stays)
+	rm -rf build dist *.egg-info

@@ -1,0 +1,135 @@
+"""How the book's pages are made from notebooks and docstrings.
+
+- The source notebooks hold no outputs. When Sphinx reads one, the outputs of its run (folder `book_runs`) are put on it by cell
+  id, nbdev's `#|` lines become tags, and whatever a page may not be published with is a warning, so an error in a strict build.
+- Docments, the comments beside a function's parameters, become the parameter list of the reference.
+- Nothing on a page is fetched from another host.
+"""
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+from sphinx.util import logging
+from sphinx.util.fileutil import copy_asset
+
+log = logging.getLogger(__name__)
+TAGS = {"hide": "remove-cell", "default_exp": "remove-cell", "include: false": "remove-cell", "echo: false": "remove-input",
+        "hide_input": "remove-input", "hide_output": "remove-output", "code-fold: true": "hide-input"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def text(cell):
+    """A cell's source without white space at line ends."""
+    return "\n".join(line.rstrip() for line in "".join(cell["source"]).strip().splitlines())
+
+
+def read_directives(cell):
+    """Cut nbdev's lines out of a code cell and turn them into tags."""
+    lines = "".join(cell["source"]).splitlines()
+    found = [re.sub(r"^#\|\s*", "", line).strip() for line in lines if line.startswith("#|")]
+    tags = cell["metadata"].setdefault("tags", [])
+    for directive in found:
+        name = directive if directive in TAGS else directive.partition(" ")[0]
+        if name in TAGS and TAGS[name] not in tags:
+            tags.append(TAGS[name])
+    cell["source"] = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
+
+
+def clean_outputs(outputs, alt, warn):
+    """The outputs that a static page shows, each picture with an alt text."""
+    kept = []
+    for output in outputs:
+        data = output.get("data", {})
+        if output.get("name") == "stderr":
+            continue
+        if WIDGET in data:
+            if "text/html" not in data:
+                warn("shows a widget without a static form (text/html)")
+            output = {**output, "data": {k: v for k, v in data.items() if k != WIDGET}}
+        if any(kind.startswith("image/") for kind in data) and not alt:
+            warn("shows a picture without alt text (cell metadata mystnb.image.alt)")
+        if any("alt=" not in tag for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))):
+            warn("shows HTML with a picture without alt text")
+        kept.append(output)
+    return kept
+
+
+def graft(app, docname, source):
+    """Put the outputs of a notebook's run on its source."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    path = Path(app.config.book_runs) / f"{docname}.ipynb"
+    done = {}
+    if path.exists():
+        app.env.note_dependency(str(path))
+        done = {cell["id"]: cell for cell in json.loads(path.read_text())["cells"]}
+    else:
+        log.warning("was not run: make book runs it", location=docname, type="book", subtype="stale")
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+
+        def warn(message, cell=cell):
+            log.warning(f"cell {cell['id']} {message}", location=docname, type="book", subtype="outputs")
+
+        run = done.get(cell["id"])
+        if done and (run is None or text(run) != text(cell)):
+            warn("differs from what was run, or was not run: make book runs it")
+            run = None
+        read_directives(cell)
+        image = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
+        image["classes"] = "dark-light"                       # the theme would dim pictures on dark pages
+        hidden = {"remove-cell", "remove-output"} & {*cell["metadata"]["tags"]}
+        cell["outputs"] = [] if hidden or not run else clean_outputs(run["outputs"], image.get("alt"), warn)
+        cell["execution_count"] = None
+    source[0] = json.dumps(notebook)
+
+
+def escape(prose):
+    """Plain prose with `code` as reStructuredText."""
+    pieces = re.split(r"(`[^`]+`)", prose)
+    return "".join(f"``{p.strip('`')}``" if p.startswith("`") and len(p) > 2 else re.sub(r"([*_|\\`])", r"\\\1", p) for p in pieces)
+
+
+def describe(app, what, name, obj, options, lines):
+    """Write a docstring and the docments of its parameters as fields."""
+    from fastcore.docments import docments
+
+    said = []
+    for line in lines:
+        field = re.match(r"(Raises|Source|Returns): *(.+)", line)
+        said += ["", f":{field[1]}: {escape(field[2])}"] if field else [escape(line)]
+    fields = []
+    if what in ("function", "method", "class"):
+        for key, item in docments(obj, full=True, returns=True).items():
+            note = " ".join((item.docment or "").split())
+            if note:
+                fields.append(f":returns: {escape(note)}" if key == "return" else f":param {key}: {escape(note)}")
+    lines[:] = [*said, "", *fields, ""]
+
+
+def leave_out_thebe(app, page, template, context, doctree):
+    """The theme always loads the starter of thebe, which would fetch from another host; no page uses it."""
+    context["script_files"] = [script for script in context.get("script_files", [])
+                               if "thebe" not in str(getattr(script, "filename", script)).lower()
+                               and "THEBE" not in str(getattr(script, "attributes", {}).get("body", ""))]
+
+
+def copy_mathjax(app, error):
+    """Put the one file of MathJax that the pages load beside them (the package holds all 24 MB of it)."""
+    if error is None:
+        package = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+        copy_asset(str(package / "static" / "mathjax" / "tex-svg.js"), str(Path(app.outdir) / "_static" / "mathjax"))
+
+
+def setup(app):
+    app.add_config_value("book_runs", os.environ.get("DIFFCOURSE_RUNS", "build/digits"), "env")
+    app.config.mathjax_path = "mathjax/tex-svg.js"
+    app.connect("source-read", graft, priority=1)
+    app.connect("autodoc-process-docstring", describe)
+    app.connect("html-page-context", leave_out_thebe, priority=900)
+    app.connect("build-finished", copy_mathjax)
+    return {"parallel_read_safe": True, "version": "1"}
