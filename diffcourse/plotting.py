@@ -39,10 +39,11 @@ STYLE = {
 # %% ../nbs/17_plotting.ipynb #173d8c52
 @contextmanager
 def _style():
-    import matplotlib as mpl
+    import matplotlib.style
     from cycler import cycler
     cycle = cycler(color=COLORS) + cycler(linestyle=DASHES)
-    with mpl.rc_context({**STYLE, "axes.prop_cycle": cycle}):
+    with matplotlib.style.context(["default", {
+            **STYLE, "axes.prop_cycle": cycle}]):
         yield
 
 def _panels(n, height, columns=3, sharex=True, sharey=True):
@@ -277,6 +278,8 @@ def histogram(
                     edgecolor=COLORS[i % 7], linestyle=DASHES[i % 7],
                     facecolor=COLORS[i % 7] + "22", linewidth=1.6,
                     label=name)
+        if all((v == np.round(v)).all() for v in sets.values()):
+            ax.xaxis.get_major_locator().set_params(integer=True)
         for (name, at), dash in zip((marks or {}).items(), DASHES[1:]):
             ax.axvline(at, color="#444444", linestyle=dash,
                        linewidth=1.2, label=name)
@@ -316,7 +319,8 @@ def trajectories(
         if background is not None:
             t, x, p = (_array(v, "background") for v in background)
             p = p.T / np.maximum(p.max(axis=1), 1e-300)
-            ax.contourf(t, x, p, np.linspace(0, 1.4, 15), cmap="Greys")
+            ax.contourf(t, x, p, np.linspace(0.05, 1.4, 14),
+                        cmap="Greys")
             ax.grid(False)
         for j in range(xs.shape[1]):
             ax.plot(times, xs[:, j], color=COLORS[groups[j] % 7],
