@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SUFFIXES', 'Images', 'digits', 'resize', 'Folder', 'image_
 import hashlib
 import os
 import warnings
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 # %% ../nbs/12_data.ipynb #22d3acf6
 def _check_images(x, y):
-    tensor = isinstance(x, torch.Tensor)
-    if not tensor or x.dtype != torch.float32 or x.ndim != 4 or not len(x):
-        came = f"{x.dtype} {tuple(x.shape)}" if tensor else type(x).__name__
+    came = type(x).__name__
+    if isinstance(x, torch.Tensor):
+        came = f"{x.dtype} {tuple(x.shape)}"
+    if "float32" not in came or x.ndim != 4 or not len(x):
         raise TypeError(f"x is {came}; it must be a float32 tensor "
                         f"(N, C, H, W) with N >= 1")
     if not (x.amin() >= -1 and x.amax() <= 1):          # nan fails too
@@ -31,13 +32,20 @@ def _check_images(x, y):
         raise ValueError(f"{len(x)} images and {len(y)} labels came; "
                          f"pass one label for each image")
 
+# %% ../nbs/12_data.ipynb #100fb0b6
+def _sha(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
 def _indices(indices, n):
     "Whole numbers from 0 to n - 1 as a tensor, whatever they came as."
     i = torch.as_tensor(indices)
     i = i.long() if i.numel() == 0 else i
     if i.ndim != 1 or i.is_floating_point() or i.dtype == torch.bool:
-        raise TypeError(f"indices are {i.dtype} {tuple(i.shape)}; pass a "
-                        f"list or a 1-D tensor of whole numbers")
+        raise TypeError(f"indices are {i.dtype} {tuple(i.shape)}; pass "
+                        f"a list or a 1-D tensor of whole numbers")
     if i.numel() and not (0 <= i.min() and i.max() < n):
         raise IndexError(f"indices span {i.min()} to {i.max()}; the "
                          f"{n} images are numbered 0 to {n - 1}")
@@ -45,7 +53,7 @@ def _indices(indices, n):
 
 # %% ../nbs/12_data.ipynb #d02c5acc
 class Images(Dataset):
-    "Images in memory: `batch(indices)`, `len`, `shape`, `flip`, `hash`."
+    "Images in memory: `batch(indices)`, `len`, `shape`, `hash`."
     streamed = False   # True where batches are read from files
 
     def __init__(
@@ -56,13 +64,13 @@ class Images(Dataset):
         flip=False,     # True where a mirrored image is as likely
     ):
         _check_images(x, y)
-        self.x, self.y, self.name, self.flip = x, y, name, bool(flip)
-        self.shape = tuple(x.shape[1:])                 # (C, H, W)
+        self.x, self.y, self.shape = x, y, tuple(x.shape[1:])
+        self.name, self.flip = name, bool(flip)
 
     @cached_property
     def hash(self):     # sha256 of shape and values: the set's identity
-        values = self.x.contiguous().numpy().tobytes()
-        return _sha(str(tuple(self.x.shape)).encode(), values)
+        return _sha(str(tuple(self.x.shape)).encode(),
+                    self.x.contiguous().numpy())
 
     def __len__(self):
         return len(self.x)
@@ -73,13 +81,7 @@ class Images(Dataset):
     def item(self, i):                                  # (C, H, W)
         return self.batch([i])[0]
 
-    __getitem__ = item      # what torch's DataLoader asks for
-
-def _sha(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    __getitem__ = item          # what torch's DataLoader asks for
 
 # %% ../nbs/12_data.ipynb #c1fedba8
 SPLITS = ("train", "held_out", "all")
@@ -94,7 +96,7 @@ def _split(split, n, first):
 
 @cache
 def _digits():
-    "All digits in the order of their content: (N, 8, 8) levels, labels."
+    "Levels (N, 8, 8) and labels in the order of their content."
     from sklearn.datasets import load_digits
     raw = load_digits()
     levels = raw.images.astype("uint8")                 # 0 to 16
@@ -103,6 +105,7 @@ def _digits():
     return torch.from_numpy(levels[order]), torch.from_numpy(
         raw.target[order]).long()
 
+# %% ../nbs/12_data.ipynb #5a234387
 def digits(
     split="train",   # "train" (1,500), "held_out" (297) or "all"
     size=8,          # pixels a side: 8 as scanned, 16 or 32 enlarged
@@ -117,7 +120,8 @@ def digits(
         raise ValueError(f"size is {size!r}; digits come in 8 (as "
                          f"scanned), 16 and 32 pixels a side")
     x = resize(levels[part][:, None].float() / 8 - 1, size)
-    return Images(x, labels[part].clone(), f"digits {split} {size}x{size}")
+    name = f"digits {split} {size}x{size}"
+    return Images(x, labels[part].clone(), name)
 
 # %% ../nbs/12_data.ipynb #3b632049
 def resize(
@@ -127,8 +131,9 @@ def resize(
     "Bicubic, antialiased; an image that has the size stays as it is."
     if x.shape[2:] == (size, size):
         return x
-    return F.interpolate(x, (size, size), mode="bicubic", antialias=True,
-                         align_corners=False).clamp(-1, 1)
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True,
+                      align_corners=False)
+    return x.clamp(-1, 1)
 
 # %% ../nbs/12_data.ipynb #f9d30ea7
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -137,35 +142,37 @@ def _find(folder):
     "Paths of the images below `folder`, relative to it, sorted."
     folder = Path(folder).expanduser()
     if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {folder}; pass one "
-                                f"that holds images")
+        raise FileNotFoundError(
+            f"there is no folder {folder}; pass one that holds images")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; pass the folder "
-                                 f"that holds it")
+        raise NotADirectoryError(
+            f"{folder} is a file; pass the folder that holds it")
     found = sorted(
         Path(root, name).relative_to(folder).as_posix()
         for root, _, names in os.walk(folder) for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith("."))
     if not found:
         raise FileNotFoundError(
-            f"no image in {folder} or below it; files are taken by their "
-            f"suffix: {' '.join(SUFFIXES)}")
+            f"no image in {folder} or below it; files are taken by "
+            f"their suffix: {' '.join(SUFFIXES)}")
     return folder.resolve(), found
 
 # %% ../nbs/12_data.ipynb #06a1aa74
 def _flat(image, channels):
-    "A PIL image as L or RGB bytes, or F from 0 to 255 if it had 16 bits."
+    "A PIL image as bytes, or as floats 0 to 255 if it had 16 bits."
     import numpy as np
     from PIL import Image
-    if image.mode.startswith("I"):                      # 16 bits of grey
+    if image.mode.startswith("I"):              # 16 bits of grey
         return Image.fromarray(np.asarray(image, np.float32) / 257)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    clear = "transparency" in image.info
+    if clear or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
-def _decode(file, size, channels):                      # (C, size, size)
+# %% ../nbs/12_data.ipynb #745a7fdc
+def _decode(file, size, channels):              # (C, size, size)
     "The square in the middle of an image file, resized, in [-1, 1]."
     import numpy as np
     from PIL import Image, ImageOps
@@ -175,12 +182,13 @@ def _decode(file, size, channels):                      # (C, size, size)
         left, top = (w - side) // 2, (h - side) // 2
         image = image.crop((left, top, left + side, top + side))
         if side != size:
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
+            image = image.resize((size, size),
+                                 Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image, np.float32))
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
     return (x / 127.5 - 1).clamp(-1, 1).expand(channels, -1, -1)
 
-# %% ../nbs/12_data.ipynb #2610953f
+# %% ../nbs/12_data.ipynb #57c2a1cc
 def _attempt(file, job):
     "The result of a job on a file, or the reason why there is none."
     try:
@@ -189,20 +197,30 @@ def _attempt(file, job):
         text = str(error).replace(str(file), "it") or "cannot be read"
         return None, f"{type(error).__name__}: {text}"
 
-def _side(file):
+def _look(file, size, channels, whole, keep):
+    "The shorter side, and the pixels if they are to be kept."
     from PIL import Image
-    with Image.open(file) as image:
-        return min(image.size)
+    with Image.open(file) as image:             # the header alone: fast
+        side = min(image.size)
+    x = _decode(file, size, channels) if whole else None
+    return side, x if keep else None
 
+def _check_size(size):
+    if type(size) is not int or size < 1:
+        raise ValueError(f"size is {size!r}; allowed is a whole number "
+                         f"from 1")
+
+# %% ../nbs/12_data.ipynb #2610953f
 def _sound(folder, found, job, skip):
-    "Results and names of the files that a job can do; else names the others."
+    "What a job makes of the files, and their names; or an error."
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda name: _attempt(folder / name, job),
-                             found))
-    bad = [(name, why) for name, (_, why) in zip(found, done) if why]
+        done = list(pool.map(
+            lambda name: _attempt(folder / name, job), found))
+    bad = [f"{name} ({why})"
+           for name, (_, why) in zip(found, done) if why]
     if bad:
-        some = "; ".join(f"{name} ({why})" for name, why in bad[:5])
+        some = "; ".join(bad[:5])
         some += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         text = f"{len(bad)} of {len(found)} images in {folder}"
         if not skip or len(bad) == len(found):
@@ -228,68 +246,57 @@ class Folder(Images):
         flip=True,      # True where a mirrored image is as likely
     ):
         self.folder, self.files = Path(folder), list(files)
-        self.shape, self.name, self.flip = tuple(shape), name, bool(flip)
+        self.shape, self.name, self.flip = shape, name, bool(flip)
         self.x = self.y = None
 
     @cached_property
     def hash(self):     # sha256 of settings, paths, sizes, 64 contents
-        paths = [self.folder / name for name in self.files]
-        sizes = [path.stat().st_size for path in paths]
-        some = paths[::max(1, len(paths) // 64)][:64]
-        return _sha(repr((self.shape, self.files, sizes)).encode(),
-                    *(path.read_bytes() for path in some))
+        return _folder_hash(self.folder, self.files, self.shape)
 
     def __len__(self):
         return len(self.files)
 
-    def item(self, i):                                  # (C, H, W)
-        return self.batch([i])[0]
+    def batch(self, indices):                   # (B, C, H, W)
+        x = [_read(self.folder / self.files[i], self.shape)
+             for i in _indices(indices, len(self)).tolist()]
+        return torch.stack(x) if x else torch.empty(0, *self.shape)
 
-    def batch(self, indices):                           # (B, C, H, W)
-        i = _indices(indices, len(self)).tolist()
-        return torch.stack([self._read(self.files[j]) for j in i]
-                           or [torch.empty(self.shape)])[:len(i)]
+# %% ../nbs/12_data.ipynb #51552b4d
+def _read(file, shape):
+    x, why = _attempt(file, lambda f: _decode(f, shape[1], shape[0]))
+    if why:
+        raise OSError(f"{file} cannot be read: {why}. Repair or remove "
+                      f"it, or make the set with skip_broken=True")
+    return x
 
-    def _read(self, name):
-        x, why = _attempt(self.folder / name, lambda file: _decode(
-            file, self.shape[1], self.shape[0]))
-        if why:
-            raise OSError(
-                f"{self.folder / name} cannot be read: {why}. Repair or "
-                f"remove it, or make the set with skip_broken=True")
-        return x
-
-    __getitem__ = item
+def _folder_hash(folder, files, shape):
+    sizes = [(folder / name).stat().st_size for name in files]
+    some = files[::max(1, len(files) // 64)][:64]
+    return _sha(repr((shape, files, sizes)).encode(),
+                *((folder / name).read_bytes() for name in some))
 
 # %% ../nbs/12_data.ipynb #eebc2ea3
 def image_folder(
-    folder,               # searched with all folders below it
-    size=64,              # pixels a side of the square that comes out
-    channels=3,           # 3 colour, 1 grey
-    flip=True,            # False where mirrored images do not belong (text, digits)
-    skip_broken=False,    # True: leave out files that cannot be read, and say how many
-    streamed=None,        # True: read files during training; None: if they exceed the limit
-    memory_limit=2**30,   # bytes of float32 that may be kept in memory
+    folder,              # searched with all folders below it
+    size=64,             # pixels a side of the square that comes out
+    channels=3,          # 3 colour, 1 grey
+    flip=True,           # False if mirrored images do not belong there
+    skip_broken=False,   # True: leave out files that cannot be read
+    streamed=None,       # True: read in training; None: by the limit
+    memory_limit=2**30,  # bytes of float32 that may be kept in memory
 ) -> Images:
-    """All images of a folder: square, of one size, in memory or streamed.
+    """All images of a folder: square, in memory or streamed.
 
-    Raises: FileNotFoundError, NotADirectoryError; ValueError naming the files that cannot be read."""
-    for name, value, fine in (("size", size, _whole(size) and size > 0),
-                              ("channels", channels, channels in (1, 3))):
-        if not fine:
-            raise ValueError(f"{name} is {value!r}; allowed is "
-                             + {"size": "a whole number from 1",
-                                "channels": "1 or 3"}[name])
+    Raises: FileNotFoundError, NotADirectoryError; ValueError naming
+    the files that cannot be read."""
+    _check_size(size)
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}; allowed is 1 or 3")
     folder, found = _find(folder)
     if streamed is None:
-        streamed = 4 * channels * size ** 2 * len(found) > memory_limit
-
-    def job(file):
-        if streamed and not skip_broken:
-            return _side(file), None        # the header alone: fast
-        x = _decode(file, size, channels)
-        return _side(file), None if streamed else x
-
+        streamed = 4 * channels * size**2 * len(found) > memory_limit
+    job = partial(_look, size=size, channels=channels,
+                  whole=skip_broken or not streamed, keep=not streamed)
     done, kept = _sound(folder, found, job, skip_broken)
     if small := sum(side < size for side, _ in done):
         warnings.warn(f"{small} of {len(done)} images are smaller than "
@@ -299,18 +306,13 @@ def image_folder(
         return Folder(folder, kept, (channels, size, size), name, flip)
     return Images(torch.stack([x for _, x in done]), None, name, flip)
 
-def _whole(n):
-    return isinstance(n, int) and not isinstance(n, bool)
-
 # %% ../nbs/12_data.ipynb #cbf30181
 def _downloaded(kind, split, size, root, download, flip):
     "A set of torchvision as Images; `kind` is the name of its class."
     from torchvision import datasets
     make = getattr(datasets, kind)
     _split(split, 0, 0)
-    if not _whole(size) or size < 1:
-        raise ValueError(f"size is {size!r}; allowed is a whole number "
-                         f"from 1")
+    _check_size(size)
     if root is None:
         from diffcourse.runs import home
         root = home() / "data"
@@ -318,7 +320,7 @@ def _downloaded(kind, split, size, root, download, flip):
         parts = [make(str(root), train=train, download=download)
                  for train in {"train": [True], "held_out": [False],
                                "all": [True, False]}[split]]
-    except Exception as error:     # no network, no space, a wrong file
+    except Exception as error:   # no network, no space, a wrong file
         raise RuntimeError(_way_out(make, kind, root, error)) from error
     x = torch.cat([torch.as_tensor(part.data) for part in parts])
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
@@ -327,6 +329,7 @@ def _downloaded(kind, split, size, root, download, flip):
                    for some in x.split(4096)])
     return Images(x, y.long(), f"{kind} {split} {size}x{size}", flip)
 
+# %% ../nbs/12_data.ipynb #3891b5fb
 def _way_out(make, kind, root, error):
     if hasattr(make, "resources"):
         files = [name for name, _ in make.resources]
@@ -335,44 +338,47 @@ def _way_out(make, kind, root, error):
         files, where = [make.filename], Path(root)
         source = make.url.rsplit("/", 1)[0] + "/"
     return (f"{kind} is not in {root} and could not be fetched "
-            f"({type(error).__name__}: {error}). Without a network: fetch "
-            f"{', '.join(files)} from {source} on another machine, put "
-            f"{'them' if len(files) > 1 else 'it'} into {where} as they "
-            f"are, and call this again")
+            f"({type(error).__name__}: {error}). Without a network: "
+            f"fetch {', '.join(files)} from {source} elsewhere, "
+            f"put {'them' if len(files) > 1 else 'it'} into {where} as "
+            f"they are, and call this again")
 
-# %% ../nbs/12_data.ipynb #766fb82a
+# %% ../nbs/12_data.ipynb #aec074f3
 def mnist(
-    split="train",   # "train" (60,000), "held_out" (10,000) or "all"
-    size=28,         # pixels a side; 28 as published, 32 divides more often
-    root=None,       # folder of the files; None: data in the folder of runs
-    download=True,   # False: an error if the files are not there
+    split="train",  # "train" (60,000), "held_out" (10,000) or "all"
+    size=28,        # pixels a side; 28 as published, 32 halves well
+    root=None,      # folder of the files; None: data, beside the runs
+    download=True,  # False: an error if the files are not there
 ) -> Images:
-    """Handwritten digits of 28x28 pixels. Mirrored digits are none: no flips.
+    """Handwritten digits of 28x28 pixels; never mirrored.
 
-    Raises: RuntimeError that names files and places if they cannot be fetched.
+    Raises: RuntimeError that names files and places.
     Source: LeCun et al. (1998)."""
     return _downloaded("MNIST", split, size, root, download, False)
 
+# %% ../nbs/12_data.ipynb #9e8bf2cb
 def fashion_mnist(
-    split="train",   # "train" (60,000), "held_out" (10,000) or "all"
-    size=28,         # pixels a side; 28 as published, 32 divides more often
-    root=None,       # folder of the files; None: data in the folder of runs
-    download=True,   # False: an error if the files are not there
+    split="train",  # "train" (60,000), "held_out" (10,000) or "all"
+    size=28,        # pixels a side; 28 as published, 32 halves well
+    root=None,      # folder of the files; None: data, beside the runs
+    download=True,  # False: an error if the files are not there
 ) -> Images:
-    """Clothes of 28x28 pixels. Shoes all point to the left: no flips.
+    """Clothes of 28x28 pixels; shoes point to the left, never mirrored.
 
-    Raises: RuntimeError that names files and places if they cannot be fetched.
+    Raises: RuntimeError that names files and places.
     Source: Xiao et al. (2017)."""
-    return _downloaded("FashionMNIST", split, size, root, download, False)
+    kind = "FashionMNIST"
+    return _downloaded(kind, split, size, root, download, False)
 
+# %% ../nbs/12_data.ipynb #0c40aed4
 def cifar10(
-    split="train",   # "train" (50,000), "held_out" (10,000) or "all"
-    size=32,         # pixels a side; 32 as published
-    root=None,       # folder of the files; None: data in the folder of runs
-    download=True,   # False: an error if the files are not there
+    split="train",  # "train" (50,000), "held_out" (10,000) or "all"
+    size=32,        # pixels a side; 32 as published
+    root=None,      # folder of the files; None: data, beside the runs
+    download=True,  # False: an error if the files are not there
 ) -> Images:
-    """Small colour photographs of ten classes; mirrored ones are as likely.
+    """Colour photographs of ten classes; mirrored ones are as likely.
 
-    Raises: RuntimeError that names files and places if they cannot be fetched.
+    Raises: RuntimeError that names files and places.
     Source: Krizhevsky (2009)."""
     return _downloaded("CIFAR10", split, size, root, download, True)

@@ -81,8 +81,8 @@ def _array(values, name, ndim=None):
     if array.size == 0:
         raise ValueError(f"{name} is empty; pass at least one number")
     if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name} has shape {array.shape}; it must have "
-                         f"{ndim} dimension{'s' * (ndim > 1)}")
+        raise ValueError(f"{name} has shape {array.shape}; it must "
+                         f"have {ndim} dimension{'s' * (ndim > 1)}")
     return array
 
 def _named(table, name, like):
@@ -91,7 +91,7 @@ def _named(table, name, like):
         raise TypeError(f"{name} is {came}; pass a dict such as {like}")
     return table
 
-# %% ../nbs/17_plotting.ipynb #f6305e7d
+# %% ../nbs/17_plotting.ipynb #947acb02
 def _legend(fig, ax, n):
     if n > 5:
         fig.legend(*ax.get_legend_handles_labels(),
@@ -105,11 +105,12 @@ def _ordered(labels):
     at = np.linspace(0, 0.85, len(labels))
     return dict(zip(labels, mpl.colormaps["viridis"](at)))
 
+# %% ../nbs/17_plotting.ipynb #f6305e7d
 def _curve(ax, label, curve, marked, color):
     if not isinstance(curve, (tuple, list)) or len(curve) not in (2, 4):
         raise TypeError(
-            f"the curve {label!r} is {type(curve).__name__}; it must be "
-            f"(x, y), or (x, y, low, high) for one with a band")
+            f"the curve {label!r} is {type(curve).__name__}; it must "
+            f"be (x, y), or (x, y, low, high) for one with a band")
     parts = [_array(v, f"{part} of {label!r}", 1)
              for v, part in zip(curve, ("x", "y", "low", "high"))]
     if len({len(v) for v in parts}) > 1:
@@ -125,26 +126,26 @@ def _curve(ax, label, curve, marked, color):
 
 # %% ../nbs/17_plotting.ipynb #9cc9c928
 def curves(
-    lines,           # {name: (x, y)}, {name: (x, y, low, high)} or {panel: {name: …}}
+    lines,           # {name: (x, y)} or (x, y, low, high); {panel: {…}}
     xlabel="",       # text below the axis
     ylabel="",       # text beside the axis
     logx=False,      # logarithmic x
     logy=False,      # logarithmic y
     title=None,      # text above; panels carry their own names
     levels=None,     # {name: y}: grey horizontal lines, such as a floor
-    markers=None,    # dots at the points; None: up to 16 points have them
-    ordered=False,   # True: colours from dark to light, for ordered names
+    markers=None,    # dots; None: curves of up to 16 points have them
+    ordered=False,   # True: colours from dark to light, for an order
     height=None,     # inches a row; None: 3, panels 2.4
     sharey=True,     # panels on one y axis
 ):
-    """Named curves in one panel, or in small multiples for a dict of dicts.
+    """Named curves in one panel; small multiples for a dict of dicts.
 
-    Raises: TypeError, ValueError for curves that are not pairs of equal length."""
+    Raises: TypeError, ValueError for what is no (x, y)."""
     _named(lines, "lines", "{'loss': (steps, losses)}")
     nested = isinstance(next(iter(lines.values())), dict)
     panels = lines if nested else {title: lines}
     with _style():
-        fig, axes = _panels(len(panels), height or (2.4 if nested else 3),
+        fig, axes = _panels(len(panels), height or 3 - 0.6 * nested,
                             sharey=sharey)
         for ax, (name, panel) in zip(axes, panels.items()):
             _named(panel, f"the panel {name!r}", "{'loss': (x, y)}")
@@ -156,7 +157,8 @@ def curves(
         return _done(fig)
 
 # %% ../nbs/17_plotting.ipynb #9fb49c97
-def _axes(ax, title, xlabel, ylabel, logx=False, logy=False, levels=None):
+def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
+          levels=None):
     for (name, y), dash in zip((levels or {}).items(), DASHES[1:]):
         ax.axhline(y, color="#666666", linewidth=1.2, linestyle=dash,
                    label=name, zorder=1)
@@ -173,11 +175,11 @@ def _axes(ax, title, xlabel, ylabel, logx=False, logy=False, levels=None):
 
 # %% ../nbs/17_plotting.ipynb #064ff9db
 def losses(
-    log,             # a log (list of dicts with step and loss), or {name: log}
-    key="loss",      # the entry to draw; lines of the log without it are left out
-    window=None,     # log lines in the moving mean; None: a twentieth of the log
+    log,             # list of dicts with step and loss; or {name: log}
+    key="loss",      # the entry to draw; lines without it are left out
+    window=None,     # lines in the moving mean; None: a twentieth
     logy=True,       # logarithmic y
-    levels=None,     # {name: y}: grey horizontal lines, such as the floor
+    levels=None,     # {name: y}: grey horizontal lines, as a floor
     title=None,      # text above
     height=3,        # inches
 ):
@@ -189,14 +191,7 @@ def losses(
     with _style():
         fig, (ax,) = _panels(1, height)
         for name, lines in logs.items():
-            kept = [line for line in lines if key in line]
-            if not kept:
-                raise ValueError(
-                    f"the log {name!r} has {len(lines)} lines and none "
-                    f"with the entry {key!r}; entries that it has: "
-                    f"{sorted({k for line in lines for k in line})}")
-            step = _array([line["step"] for line in kept], "step", 1)
-            y = _array([line[key] for line in kept], key, 1)
+            step, y = _entries(lines, name, key)
             mean = _moving(y, window or max(1, len(y) // 20))
             line, = ax.plot(step, mean, label=name)
             ax.plot(step, y, color=line.get_color(), alpha=0.25,
@@ -204,6 +199,17 @@ def losses(
         _axes(ax, title, "iteration", key, logy=logy, levels=levels)
         _legend(fig, ax, len(logs) + len(levels or {}))
         return _done(fig)
+
+# %% ../nbs/17_plotting.ipynb #9b264c1f
+def _entries(lines, name, key):
+    kept = [line for line in lines if key in line]
+    if not kept:
+        raise ValueError(
+            f"the log {name!r} has {len(lines)} lines and none with "
+            f"the entry {key!r}; entries that it has: "
+            f"{sorted({k for line in lines for k in line})}")
+    return (_array([line["step"] for line in kept], "step", 1),
+            _array([line[key] for line in kept], key, 1))
 
 def _moving(y, window):
     "The mean over the last `window` values, over fewer at the start."
@@ -216,10 +222,10 @@ def _moving(y, window):
 def densities(
     x,               # (n,) positions
     pdfs,            # {name: (n,) density at x}
-    samples=None,    # {name: (m,) draws}: a histogram behind the curve of that name
+    samples=None,    # {name: (m,) draws}: a histogram behind its curve
     bins=60,         # bars of the histogram over the range of x
     panels=False,    # True: one panel each
-    ordered=False,   # True: colours from dark to light, for ordered names
+    ordered=False,   # True: colours from dark to light, for an order
     xlabel="x",      # text below the axis
     ylabel="density",  # text beside the axis
     title=None,      # text above; panels carry the names
@@ -231,69 +237,80 @@ def densities(
     _named(pdfs, "pdfs", "{'t = 0': p}")
     samples = samples or {}
     if unknown := [name for name in samples if name not in pdfs]:
-        raise ValueError(f"samples has {unknown}; names with a density "
-                         f"are {list(pdfs)}")
+        raise ValueError(f"samples has {unknown}; the names with a "
+                         f"density are {list(pdfs)}")
     x = _array(x, "x", 1)
+    height = height or (1.9 if panels else 3)
     edges = np.linspace(x.min(), x.max(), bins + 1)
     with _style():
-        fig, axes = _panels(len(pdfs) if panels else 1,
-                            height or (1.9 if panels else 3))
+        fig, axes = _panels(len(pdfs) if panels else 1, height)
         tint = _ordered(pdfs) if ordered else {}
         for i, (name, p) in enumerate(pdfs.items()):
             ax = axes[i if panels else 0]
             color = tint.get(name, COLORS[0 if panels else i % 7])
             _curve(ax, name, (x, p), False, color)
             if name in samples:
-                draws = _array(samples[name], f"samples of {name!r}", 1)
-                ax.hist(draws, edges, color=color, alpha=0.25,
-                        weights=np.full(len(draws), 1 / len(draws)
-                                        / (edges[1] - edges[0])))
+                _bars(ax, samples[name], name, edges, color)
             _axes(ax, name if panels else title, xlabel, ylabel)
         if not panels:
             _legend(fig, axes[0], len(pdfs))
         return _done(fig)
+
+# %% ../nbs/17_plotting.ipynb #0262c63d
+def _bars(ax, draws, name, edges, color):
+    "Bars whose area is the fraction of the draws in them."
+    draws = _array(draws, f"samples of {name!r}", 1)
+    each = 1 / len(draws) / (edges[1] - edges[0])
+    ax.hist(draws, edges, color=color, alpha=0.25,
+            weights=np.full(len(draws), each))
 
 # %% ../nbs/17_plotting.ipynb #73c93c4c
 def histogram(
     values,          # (n,) numbers, or {name: numbers}
     bins=40,         # number of bins, or their edges
     xlabel="",       # text below the axis
-    fraction=True,   # True: fraction of the values in a bin; False: their number
+    fraction=True,   # True: share of the values in a bin; False: number
     marks=None,      # {name: x}: grey vertical lines
     logy=False,      # logarithmic y
     title=None,      # text above
     height=2.6,      # inches
 ):
     "Outlines of histograms on common bins."
-    sets = values if isinstance(values, dict) else {None: values}
-    sets = {name: _array(v, f"values of {name!r}").ravel()
-            for name, v in _named(sets, "values", "{'train': x}").items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())),
-                                   bins)
+    sets, edges = _binned(values, bins)
     with _style():
         fig, (ax,) = _panels(1, height)
         for i, (name, v) in enumerate(sets.items()):
             part = np.full(len(v), 1 / len(v) if fraction else 1.0)
+            color = COLORS[i % 7]
             ax.hist(v, edges, weights=part, histtype="stepfilled",
-                    edgecolor=COLORS[i % 7], linestyle=DASHES[i % 7],
-                    facecolor=COLORS[i % 7] + "22", linewidth=1.6,
-                    label=name)
+                    edgecolor=color, facecolor=color + "22", label=name,
+                    linestyle=DASHES[i % 7], linewidth=1.6)
         if all((v == np.round(v)).all() for v in sets.values()):
             ax.xaxis.get_major_locator().set_params(integer=True)
         for (name, at), dash in zip((marks or {}).items(), DASHES[1:]):
             ax.axvline(at, color="#444444", linestyle=dash,
                        linewidth=1.2, label=name)
-        _axes(ax, title, xlabel, "fraction" if fraction else "number",
-              logy=logy)
-        _legend(fig, ax, len(marks or {}) + len(sets) * (None not in sets))
+        ylabel = "fraction" if fraction else "number"
+        _axes(ax, title, xlabel, ylabel, logy=logy)
+        _legend(fig, ax, 2 if marks else len(sets))
         return _done(fig)
+
+# %% ../nbs/17_plotting.ipynb #ac4ed02e
+def _binned(values, bins):
+    "Named flat arrays and the edges of their common bins."
+    sets = values if isinstance(values, dict) else {None: values}
+    _named(sets, "values", "{'train': x}")
+    sets = {name: _array(v, f"values of {name!r}").ravel()
+            for name, v in sets.items()}
+    together = np.concatenate(list(sets.values()))
+    return sets, np.histogram_bin_edges(together, bins)
 
 # %% ../nbs/17_plotting.ipynb #4241d3c7
 def trajectories(
     times,             # (steps + 1,) times, in any order
     xs,                # (steps + 1, n) or (steps + 1, n, 1) states
-    groups=None,       # (n,) whole numbers: one colour each, such as the mode reached
-    background=None,   # (times, positions, density with a row a time), shown in grey
+    groups=None,       # (n,) whole numbers: one colour each
+    background=None,   # (times, positions, density by rows of a time)
     xlabel="time t",   # text below the axis
     ylabel="x",        # text beside the axis
     title=None,        # text above
@@ -302,25 +319,14 @@ def trajectories(
     """Paths of points over time, over an optional density.
 
     Raises: ValueError for shapes that do not belong together."""
-    times, xs = _array(times, "times", 1), _array(xs, "xs")
-    if xs.ndim == 3 and xs.shape[2] == 1:
-        xs = xs[:, :, 0]
-    if xs.ndim != 2 or len(xs) != len(times):
-        raise ValueError(
-            f"xs has shape {xs.shape} and there are {len(times)} times; "
-            f"xs must be ({len(times)}, n): one row for each time")
-    groups = _array(np.zeros(xs.shape[1]) if groups is None else groups,
-                    "groups", 1).astype(int)
-    if len(groups) != xs.shape[1]:
-        raise ValueError(f"groups has {len(groups)} entries for "
-                         f"{xs.shape[1]} paths; pass one for each path")
+    times, xs, groups = _lines(times, xs, groups)
     with _style():
         fig, (ax,) = _panels(1, height)
         if background is not None:
             t, x, p = (_array(v, "background") for v in background)
             p = p.T / np.maximum(p.max(axis=1), 1e-300)
-            ax.contourf(t, x, p, np.linspace(0.05, 1.4, 14),
-                        cmap="Greys")
+            ax.contourf(t, x, p, np.linspace(0.04, 1.04, 11),
+                        cmap="Greys", vmin=0, vmax=2.2)
             ax.grid(False)
         for j in range(xs.shape[1]):
             ax.plot(times, xs[:, j], color=COLORS[groups[j] % 7],
@@ -329,11 +335,27 @@ def trajectories(
         _axes(ax, title, xlabel, ylabel)
         return _done(fig)
 
+# %% ../nbs/17_plotting.ipynb #ef862e48
+def _lines(times, xs, groups):
+    times, xs = _array(times, "times", 1), _array(xs, "xs")
+    if xs.ndim == 3 and xs.shape[2] == 1:
+        xs = xs[:, :, 0]
+    if xs.ndim != 2 or len(xs) != len(times):
+        raise ValueError(
+            f"xs has shape {xs.shape} and there are {len(times)} "
+            f"times; xs must be ({len(times)}, n): a row for each time")
+    groups = _array(np.zeros(xs.shape[1]) if groups is None else groups,
+                    "groups", 1).astype(int)
+    if len(groups) != xs.shape[1]:
+        raise ValueError(f"groups has {len(groups)} entries for "
+                         f"{xs.shape[1]} paths; pass one for each path")
+    return times, xs, groups
+
 # %% ../nbs/17_plotting.ipynb #5065f8d1
 def _images(images):
     if not isinstance(images, (torch.Tensor, np.ndarray)):
-        raise TypeError(f"images is {type(images).__name__}; pass a tensor "
-                        f"(N, C, H, W) or (N, H, W)")
+        raise TypeError(f"images is {type(images).__name__}; pass a "
+                        f"tensor (N, C, H, W) or (N, H, W)")
     x = torch.as_tensor(images).detach().cpu()
     if not x.is_floating_point():
         raise TypeError(
@@ -343,15 +365,17 @@ def _images(images):
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
         raise ValueError(
             f"images has shape {tuple(images.shape)}; allowed are "
-            f"(N, H, W), (N, 1, H, W) and (N, 3, H, W) with N, H, W >= 1")
+            f"(N, H, W), (N, 1, H, W) and (N, 3, H, W), at least one "
+            f"image of at least one pixel")
     return x.expand(-1, 3, -1, -1)
 
+# %% ../nbs/17_plotting.ipynb #d56fd79d
 def _tiles(x, side):
     "Bytes (N, h, w, 3), the longer side about `side` pixels."
     longest = max(x.shape[2:])
     scale = side / longest
     if scale >= 1 and int(scale) > 0.8 * scale:
-        scale = int(scale)                     # every pixel equally large
+        scale = int(scale)              # every pixel equally large
     size = [max(1, round(n * scale)) for n in x.shape[2:]]
     broken = x.isnan()
     x = x.nan_to_num(0.0).clamp(-1, 1)
@@ -368,7 +392,7 @@ def _tiles(x, side):
 
 # %% ../nbs/17_plotting.ipynb #ab97f508
 def _mosaic(tiles, columns, gap, width, left=0, tops=None):
-    "The tiles on white, `width` pixels wide, and where each one begins."
+    "The tiles on white, `width` pixels wide, and their corners."
     n, h, w, _ = tiles.shape
     tops = tops or [0] * -(-n // columns)       # room above each row
     row = np.cumsum([0] + [h + gap + top for top in tops])
@@ -391,32 +415,27 @@ def _columns(columns, n):
 
 # %% ../nbs/17_plotting.ipynb #a2ac42e3
 def grid(
-    images,          # (N, C, H, W) or (N, H, W), floats in [-1, 1], C = 1 or 3
+    images,          # (N, C, H, W) or (N, H, W) in [-1, 1], C = 1 or 3
     columns=10,      # pictures in a row
-    titles=None,     # N texts, one above each picture, or one above each column
+    titles=None,     # a text above each picture, or above each column
     rows=None,       # one text left of each row
     title=None,      # text above the whole
     size=0.85,       # inches of a picture at most; ten fill the page
 ):
     """Pictures in rows, enlarged by the nearest pixel, without axes.
 
-    Raises: TypeError, ValueError for arrays that are no pictures, or texts that do not fit their number."""
+    Raises: TypeError, ValueError for what is no picture, and for texts
+    that do not fit the number of pictures."""
     x = _images(images)
     columns = _columns(columns, len(x))
     lines = -(-len(x) // columns)
-    for name, texts, fit in (("titles", titles, (len(x), columns)),
-                             ("rows", rows, (lines,))):
-        if texts is not None and len(texts) not in fit:
-            raise ValueError(
-                f"{name} has {len(texts)} texts for {len(x)} pictures in "
-                f"{columns} columns; it must have "
-                f"{' or '.join(str(f) for f in dict.fromkeys(fit))}")
-    titles = [str(text) for text in titles or ()]
-    rows = [str(text) for text in rows or ()]
+    titles = _texts("titles", titles, len(x), columns)
+    rows = _texts("rows", rows, lines)
     width, gap = round(WIDTH * DPI), 7
-    left = round(DPI * max((0.075 * len(r) + 0.12 for r in rows), default=0))
-    above = 22 * (1 + max((text.count("\n") for text in titles), default=0))
-    tops = [above if titles and (i == 0 or len(titles) > columns) else 0
+    left = max((0.075 * len(text) + 0.12 for text in rows), default=0)
+    left = round(DPI * left)
+    above = max((1 + t.count("\n") for t in titles), default=0) * 22
+    tops = [above if i == 0 or len(titles) > columns else 0
             for i in range(lines)]
     tops[0] += 30 if title else 0
     side = min((width - left) / columns - gap, size * DPI)
@@ -424,6 +443,15 @@ def grid(
     canvas, corners = _mosaic(tiles, columns, gap, width, left, tops)
     return _written(canvas, corners, tiles.shape[1:3], titles, rows,
                     columns, title)
+
+# %% ../nbs/17_plotting.ipynb #eb12d7d9
+def _texts(name, texts, *fit):
+    texts = [] if texts is None else [str(text) for text in texts]
+    if texts and len(texts) not in fit:
+        raise ValueError(
+            f"{name} has {len(texts)} texts; this grid takes "
+            f"{' or '.join(str(n) for n in dict.fromkeys(fit))}")
+    return texts
 
 def _written(canvas, corners, tile, titles, rows, columns, title):
     import matplotlib.pyplot as plt
@@ -438,8 +466,8 @@ def _written(canvas, corners, tile, titles, rows, columns, title):
             ax.text(x + tile[1] / 2, y - 4, text, ha="center",
                     va="bottom", fontsize=9)
         for (x, y), text in zip(corners[::columns], rows):
-            ax.text(x - 8, y + tile[0] / 2, text, ha="right", va="center",
-                    fontsize=9)
+            ax.text(x - 8, y + tile[0] / 2, text, ha="right",
+                    va="center", fontsize=9)
         if title:
             ax.text(width / 2, 2, title, ha="center", va="top")
         return _done(fig)
@@ -462,114 +490,115 @@ def _png(frame, columns):
         columns = _columns(columns, len(x))
         tiles = _tiles(x, max(4, min(700 / columns - gap, 110)))
         width = columns * (tiles.shape[2] + gap) - gap
-        frame = Image.fromarray(_mosaic(tiles, columns, gap, width)[0])
+        mosaic = _mosaic(tiles, columns, gap, width)[0]
+        grey = (mosaic == mosaic[:, :, :1]).all()
+        frame = Image.fromarray(mosaic[:, :, 0] if grey else mosaic)
     elif not isinstance(frame, Image.Image):
         raise TypeError(
-            f"a frame is {type(frame).__name__}; allowed are a Figure, a "
-            f"PIL image, an array of bytes (H, W) or (H, W, 3), and "
+            f"a frame is {type(frame).__name__}; allowed are a Figure, "
+            f"a PIL image, an array of bytes (H, W) or (H, W, 3), and "
             f"floats (N, C, H, W) or (N, H, W) in [-1, 1] for a grid")
     frame.save(out, format="PNG", optimize=True)
     return out.getvalue()
 
-# %% ../nbs/17_plotting.ipynb #44c79a21
+# %% ../nbs/17_plotting.ipynb #694cc9a9
 _ids = count(1)
-_MOVE = ("const b=this.closest('.dc-slider'),f=b.querySelectorAll('img'),"
-         "i=+this.value;f.forEach((m,j)=>{m.style.display=j===i?'block':"
-         "'none'});const s=f[i].dataset.label;this.setAttribute("
-         "'aria-valuetext',s);b.querySelector('output').value=s")
+_MOVE = """const b=this.closest('.dc-slider'),i=+this.value,
+f=b.querySelectorAll('img'),s=f[i].dataset.label;
+f.forEach((m,j)=>{m.style.display=j===i?'block':'none'});
+this.setAttribute('aria-valuetext',s);
+b.querySelector('output').value=s""".replace("\n", "")
 
-def _html(pngs, labels, alts, name, start):
-    "The slider as HTML that needs no kernel and no other file."
+def _img(png, label, alt, shown):
     from base64 import b64encode
     from html import escape
-    id = f"dc-slider-{next(_ids)}"
-    labels = [escape(text) for text in labels]
-    pictures = "".join(
-        f'<img class="dark-light" alt="{escape(alt)}" data-label="{label}"'
-        f' style="display:{"block" if i == start else "none"};'
-        f'max-width:100%;height:auto;margin:0 auto;background:#fff"'
-        f' src="data:image/png;base64,{b64encode(png).decode()}">'
-        for i, (png, label, alt) in enumerate(zip(pngs, labels, alts)))
+    show = "block" if shown else "none"
+    return (f'<img class="dark-light" alt="{escape(alt)}" '
+            f'data-label="{escape(label)}" style="display:{show};'
+            f'max-width:100%;height:auto;margin:.25rem auto 0;'
+            f'padding:6px;box-sizing:border-box;background:#fff" '
+            f'src="data:image/png;base64,{b64encode(png).decode()}">')
+
+# %% ../nbs/17_plotting.ipynb #0c5bba1b
+def _html(pngs, labels, alts, name, start):
+    "The slider as HTML that needs no kernel and no other file."
+    from html import escape
+    id, name, label = (f"dc-slider-{next(_ids)}", escape(name),
+                       escape(labels[start]))
+    room = max(map(len, labels)) * 0.6
+    pictures = "".join(_img(*parts, i == start) for i, parts in
+                       enumerate(zip(pngs, labels, alts)))
     return (
-        f'<div class="dc-slider" role="group" aria-label="{escape(name)}">'
+        f'<div class="dc-slider" role="group" aria-label="{name}">'
         f'<div style="display:flex;align-items:center;gap:.75rem">'
         f'<input type="range" id="{id}" min="0" max="{len(pngs) - 1}" '
         f'step="1" value="{start}" autocomplete="off" '
-        f'aria-label="{escape(name)}" aria-valuetext="{labels[start]}" '
+        f'aria-label="{name}" aria-valuetext="{label}" '
         f'style="flex:1 1 auto;min-width:0;height:2.75rem;margin:0;'
         f'touch-action:pan-y" oninput="{escape(_MOVE)}">'
         f'<output for="{id}" aria-live="off" style="flex:0 0 auto;'
-        f'min-width:{max(map(len, labels)) * 0.6:.1f}em;text-align:right">'
-        f'{labels[start]}</output></div>{pictures}<noscript>JavaScript is '
-        f'off, so only one of {len(pngs)} pictures is shown.</noscript>'
-        f'</div>')
+        f'min-width:{room:.1f}em;text-align:right">{label}</output>'
+        f'</div>{pictures}<noscript>JavaScript is off, so only one of '
+        f'{len(pngs)} pictures is shown.</noscript></div>')
 
-# %% ../nbs/17_plotting.ipynb #b9b69763
+# %% ../nbs/17_plotting.ipynb #12e26f61
 @cache
 def _widget():
-    "The widget's class; made on first use, so that importing stays light."
+    "The widget's class; made on first use: importing stays light."
     import ipywidgets as w
 
     class FrameSlider(w.VBox):
         "A live widget that also describes itself as plain HTML."
 
         def __init__(self, pngs, labels, alts, name, start):
-            self.pngs, self.labels, self.alts = pngs, labels, alts
-            self.name, self.start = name, start
-            self.slider = w.IntSlider(
-                start, 0, len(pngs) - 1, readout=False,
-                layout=w.Layout(flex="1 1 auto"))
-            self.text = w.Label(labels[start])
-            self.picture = w.Image(value=pngs[start], format="png",
-                                   layout=w.Layout(max_width="100%",
-                                                   align_self="center"))
+            self.pngs, self.labels, self.name = pngs, labels, name
+            self.make = lambda: _html(pngs, labels, alts, name, start)
+            self.slider = w.IntSlider(start, 0, len(pngs) - 1,
+                                      readout=False)
+            self.text, self.picture = w.Label(), w.Image(format="png")
+            self.picture.layout.max_width = "100%"
+            self.slider.observe(self.show, "value")
+            self.show()
             super().__init__([w.HBox([self.slider, self.text]),
                               self.picture])
-            self.slider.observe(self._moved, "value")
 
-        def _moved(self, change):
-            self.picture.value = self.pngs[change["new"]]
-            self.text.value = self.labels[change["new"]]
-
-        def _repr_html_(self):
-            return _html(self.pngs, self.labels, self.alts, self.name,
-                         self.start)
+        def show(self, change=None):
+            self.picture.value = self.pngs[self.slider.value]
+            self.text.value = self.labels[self.slider.value]
 
         def _repr_mimebundle_(self, **kwargs):
-            bundle = super()._repr_mimebundle_(**kwargs)
-            text = f"slider over {len(self.pngs)} pictures: {self.name}"
-            return {**bundle, "text/plain": text,
-                    "text/html": self._repr_html_()}
+            text = f"slider, {len(self.pngs)} pictures: {self.name}"
+            return {**super()._repr_mimebundle_(**kwargs),
+                    "text/plain": text, "text/html": self.make()}
 
     return FrameSlider
 
 # %% ../nbs/17_plotting.ipynb #c123f831
 def slider(
-    frames,          # Figures, PIL images, byte arrays, or (N, C, H, W) floats: a grid each
+    frames,          # figures, PIL images, bytes; (N, C, H, W): a grid
     labels,          # one text a frame, such as "t = 0.50"
     alt,             # what varies and what to see; or one text a frame
     columns=10,      # pictures in a row, for frames that become grids
     start=0,         # the frame shown first, and without JavaScript
 ):
-    """A slider over pictures: a widget in Jupyter, plain HTML elsewhere.
+    """A slider over pictures: a widget in Jupyter, HTML elsewhere.
 
-    Raises: TypeError, ValueError for frames, labels and texts that do not fit."""
+    Raises: TypeError, ValueError for frames, labels and texts that do
+    not fit each other."""
     frames, labels = list(frames), [str(text) for text in labels]
-    if not frames or len(frames) != len(labels):
-        raise ValueError(f"{len(frames)} frames and {len(labels)} labels "
-                         f"came; pass as many labels as frames, and one "
-                         f"or more of each")
-    single = isinstance(alt, str)
-    texts = [alt] * len(frames) if single else [str(a) for a in alt]
-    if len(texts) != len(frames) or not all(t.strip() for t in texts):
-        raise ValueError("alt must say what varies and what to see: one "
-                         f"text, or {len(frames)} for {len(frames)} "
-                         "frames; it may not be empty")
-    if start not in range(len(frames)):
-        raise ValueError(f"start is {start!r}; frames are numbered from "
-                         f"0 to {len(frames) - 1}")
-    name = alt if single else texts[start]
-    alts = [f"{t.rstrip('.')}: {label}" if single else t
-            for t, label in zip(texts, labels)]
+    n, single = len(frames), isinstance(alt, str)
+    if n == 0 or n != len(labels):
+        raise ValueError(f"{n} frames and {len(labels)} labels came; "
+                         f"pass a label for each frame, at least one")
+    alts = [alt] * n if single else [str(text) for text in alt]
+    if len(alts) != n or not all(text.strip() for text in alts):
+        raise ValueError(f"alt must say what varies and what to see: "
+                         f"one text, or {n} texts for {n} frames")
+    if start not in range(n):
+        raise ValueError(f"start is {start!r}; the frames are numbered "
+                         f"from 0 to {n - 1}")
+    name = alts[start]
+    if single:
+        alts = [f"{alt.rstrip('.')}: {label}" for label in labels]
     pngs = [_png(frame, columns) for frame in frames]
     return _widget()(pngs, labels, alts, name, start)

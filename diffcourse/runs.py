@@ -245,6 +245,7 @@ def describe(
         return [describe(obj.func), describe(obj.args), describe(obj.keywords)]
     if inspect.isfunction(obj):
         free = inspect.getclosurevars(obj).nonlocals
+        free = {k: v for k, v in free.items() if v is not obj}  # recursion
         return [_name(obj), _source(obj), describe(free)]
     if hasattr(obj, "config"):
         return [_name(type(obj)), describe(obj.config())]
@@ -265,10 +266,15 @@ def _source(
     obj,  # a class or a function
 ) -> str:  # hash of its code without comments and docstrings
     try:
-        return _code_hash(textwrap.dedent(inspect.getsource(obj)))
+        if obj.__name__ != "<lambda>":  # two of them may share a line
+            return _code_hash(textwrap.dedent(inspect.getsource(obj)))
     except (OSError, SyntaxError):  # no source, as in `python -c`
-        code = getattr(obj, "__code__", None)
-        return repr((code.co_code, code.co_consts)) if code else ""
+        pass
+    code = getattr(obj, "__code__", None)
+    if code is None:
+        return ""
+    plain = [c for c in code.co_consts if not hasattr(c, "co_code")]
+    return repr((code.co_code, code.co_names, plain))
 
 
 def _code_hash(

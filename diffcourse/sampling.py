@@ -114,7 +114,8 @@ class Grid:
         if self.kind == "explicit":
             return torch.tensor(option, dtype=torch.float64)
         if self.kind == "logsnr":
-            t = path.t_of_lam(-option + 2 * option * k).clamp(b, a)
+            far, near = (path.lam(u).clamp(-option, option) for u in (a, b))
+            t = path.t_of_lam(far + (near - far) * k)
         elif self.kind == "quadratic":
             t = (a**0.5 + (b**0.5 - a**0.5) * k) ** 2
         elif self.kind == "cosine":

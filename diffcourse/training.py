@@ -455,6 +455,8 @@ def fit(
     if fresh and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".*.tmp"):  # a kill in the middle of a save
+        torn.unlink()
     state = _State(net.to(acc.device), s, folder)
     progress = _Progress(run, s.steps)
     status = _resume(state, folder, progress, s)

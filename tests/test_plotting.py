@@ -160,6 +160,13 @@ def test_densities_histogram_counts_draws_outside():
     assert area == pytest.approx(0.5)
 
 
+def test_a_single_line_has_no_legend_but_every_mark_has_its_name():
+    assert plotting.curves({"a": ([0, 1], [0, 1])}).axes[0].get_legend() is None
+    assert plotting.histogram([1.0, 2.0]).axes[0].get_legend() is None
+    for fig in (plotting.histogram([1.0, 2.0], marks={"mean": 1.5}), plotting.curves({"a": ([0, 1], [0, 1])}, levels={"mean": 1.5})):
+        assert "mean" in [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+
+
 def test_trajectories_take_the_trajectory_of_a_sampler():
     fig = plotting.trajectories(torch.tensor([1.0, 0.5, 0.0]), torch.zeros(3, 5, 1))
     assert len(fig.axes[0].lines) == 5 and fig.axes[0].get_xlim() == (0.0, 1.0)
@@ -178,7 +185,7 @@ def test_small_multiples_share_their_axes():
     (lambda: plotting.grid(torch.zeros(2, 5, 8, 8)), ValueError, r"\(2, 5, 8, 8\); allowed are"),
     (lambda: plotting.grid(torch.zeros(0, 1, 8, 8)), ValueError, r"\(0, 1, 8, 8\)"),
     (lambda: plotting.grid(torch.zeros(2, 8, 8), columns=0), ValueError, "columns is 0"),
-    (lambda: plotting.grid(torch.zeros(5, 8, 8), columns=2, titles=["a"]), ValueError, "1 texts for 5 pictures.*5 or 2"),
+    (lambda: plotting.grid(torch.zeros(5, 8, 8), columns=2, titles=["a"]), ValueError, "titles has 1 texts; this grid takes 5 or 2"),
     (lambda: plotting.grid(torch.zeros(5, 8, 8), rows=["a", "b"]), ValueError, "rows has 2 texts"),
     (lambda: plotting.curves([1, 2]), TypeError, "lines is list; pass a dict"),
     (lambda: plotting.curves({}), TypeError, "empty dict"),
@@ -222,7 +229,7 @@ def test_slider_is_a_live_widget_and_html():
 
 def test_slider_ids_are_unique_even_for_one_slider_shown_twice():
     s = three()
-    ids = re.findall(r' id="([^"]*)"', s._repr_html_() + s._repr_html_() + three()._repr_html_())
+    ids = re.findall(r' id="([^"]*)"', s.make() + s.make() + three().make())
     assert len(ids) == len(set(ids)) == 3
 
 
@@ -233,7 +240,7 @@ def test_slider_takes_figures_pictures_bytes_and_grids():
                         "abcd", alt=["one", "two", "three", "four"], start=3)
     assert all(png.startswith(b"\x89PNG") for png in s.pngs)
     assert len(s.pngs[0]) < 40_000
-    assert 'value="3"' in s._repr_html_() and 'aria-valuetext="d"' in s._repr_html_()
+    assert 'value="3"' in s.make() and 'aria-valuetext="d"' in s.make()
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +277,7 @@ def state(page, nth=0):
 
 
 def test_slider_in_a_browser_by_keyboard_and_mouse(browser, tmp_path):
-    page = opened(browser, tmp_path, three()._repr_html_() + three()._repr_html_(), viewport={"width": 900, "height": 900})
+    page = opened(browser, tmp_path, three().make() + three().make(), viewport={"width": 900, "height": 900})
     assert state(page) == ([0], "dark", "dark")
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
@@ -293,7 +300,7 @@ def test_slider_in_a_browser_by_keyboard_and_mouse(browser, tmp_path):
 
 
 def test_slider_on_a_phone_by_touch(browser, tmp_path):
-    page = opened(browser, tmp_path, three()._repr_html_(), viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page = opened(browser, tmp_path, three().make(), viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     box = page.locator("input").bounding_box()
     assert box["height"] >= 44
@@ -310,7 +317,7 @@ def test_slider_on_a_phone_by_touch(browser, tmp_path):
 
 
 def test_slider_without_javascript_shows_its_start(browser, tmp_path):
-    page = opened(browser, tmp_path, three(start=1)._repr_html_(), java_script_enabled=False)
+    page = opened(browser, tmp_path, three(start=1).make(), java_script_enabled=False)
     images = page.locator("img")
     assert [images.nth(i).is_visible() for i in range(3)] == [False, True, False]
     page.context.close()
