@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(os.environ.get("DIFFCOURSE_ROOT") or Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffcourse"
 BIN = Path(sys.executable).parent
 JOBS = {"smoke": 2}                      # notebooks at a time; a timed run is alone on the machine
@@ -125,7 +125,8 @@ def imports(code: ast.AST) -> set[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             public(node.attr)
             used.add(node.value)
-    if any(isinstance(n, ast.Name) and n.id in aliases and n not in used for n in ast.walk(code)):
+    loose = {*aliases, "__getattr__"}    # a bare `dc`, or a name looked up while running: anything may be meant
+    if any(isinstance(n, ast.Name) and n.id in loose and n not in used for n in ast.walk(code)):
         found.update(module_files())
     return found
 
@@ -166,13 +167,10 @@ def data_files(nb: str) -> list[Path]:
     for module in modules(nb):
         code = ast.parse(module_files()[module].read_text())
         named |= {n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    found = []
-    for folder in (ROOT / PACKAGE / "weights", ROOT / PACKAGE / "results"):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            name = path.relative_to(folder).as_posix()
-            if {name, name.rsplit(".", 1)[0], path.relative_to(ROOT / PACKAGE).as_posix()} & named:
-                found.append(path)
-    return found
+    weights, results = ROOT / PACKAGE / "weights", ROOT / PACKAGE / "results"
+    index = json.loads((weights / "index.json").read_text()) if (weights / "index.json").exists() else {}
+    return [*(weights / index[name]["file"] for name in sorted(index.keys() & named)),
+            *(p for p in sorted(results.rglob("*")) if {p.name, p.stem, p.relative_to(results).as_posix()} & named)]
 
 
 @cache

@@ -31,7 +31,9 @@ def __getattr__(name):
         if name == module:
             return importlib.import_module(f"diffcourse.{module}")
         if name in names.split():
-            return getattr(importlib.import_module(f"diffcourse.{module}"), name)
+            return getattr(
+                importlib.import_module(f"diffcourse.{module}"), name
+            )
     near = difflib.get_close_matches(name, __dir__())
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise AttributeError(f"diffcourse has no {name!r}{hint}")
@@ -61,7 +63,10 @@ def _known():
     from diffcourse.runs import home
 
     root = home() / "runs"
-    local = [str(p.parent.relative_to(root)) for p in root.rglob("latest.json")]
+    local = [
+        str(p.parent.relative_to(root))
+        for p in root.rglob("latest.json")
+    ]
     return sorted({*_shipped(), *local})
 
 
@@ -92,11 +97,14 @@ def load(
 ):  # -> Denoiser on the CPU; the network alone if it has no path
     """A trained network, ready to sample: the local run, else the weights in the package.
 
-    Raises: FileNotFoundError listing the known names; ValueError for a file that is damaged, or does not fit its network."""
+    Raises: FileNotFoundError listing the known names; ValueError for a file that is damaged, or does not fit its network.
+    """
     from diffcourse.runs import load_tensors
 
     if source not in ("auto", "local", "shipped"):
-        raise ValueError(f"source={source!r}: 'auto', 'local' or 'shipped'")
+        raise ValueError(
+            f"source={source!r}: 'auto', 'local' or 'shipped'"
+        )
     file, said = _find(name, source)
     tensors, meta = load_tensors(file)
     if not isinstance(meta, dict) or "net" not in meta:
@@ -105,7 +113,9 @@ def load(
     try:
         net.load_state_dict(tensors)
     except RuntimeError as e:
-        raise ValueError(f"{file} does not fit its {meta['net']}: {e}") from e
+        raise ValueError(
+            f"{file} does not fit its {meta['net']}: {e}"
+        ) from e
     print(f"{name}: {said}, {meta['steps']} iterations")
     net.eval().requires_grad_(False)
     if not meta.get("path"):

@@ -19,14 +19,19 @@ class DenoisingLoss:
     """Squared error of the prediction at a random time.
 
     Raises: ValueError for a prediction that does not exist.
-    Source: Ho et al. (2020), equation 14, for any path and prediction."""
+    Source: Ho et al. (2020), equation 14, for any path and prediction.
+    """
 
     path: Path  # from data to noise
-    predicts: str = "v"  # what the network says: eps, x0, v, flow or score
+    predicts: str = (
+        "v"  # what the network says: eps, x0, v, flow or score
+    )
 
     def __post_init__(self):
         if self.predicts not in PREDICTIONS:
-            raise ValueError(f"predicts={self.predicts!r}: choose of {PREDICTIONS}")
+            raise ValueError(
+                f"predicts={self.predicts!r}: choose of {PREDICTIONS}"
+            )
 
     def __call__(
         self,
@@ -54,10 +59,14 @@ class DDPM(Solver):
     def __init__(
         self,
         variance: str = "small",  # "small": of q(x_s|x_t,x0); "large": of q(x_t|x_s)
-        clip: float | None = None,  # clamp the guess of x0 to [-clip, clip]
+        clip: (
+            float | None
+        ) = None,  # clamp the guess of x0 to [-clip, clip]
     ):
         if variance not in ("small", "large"):
-            raise ValueError(f"variance={variance!r}: 'small' or 'large' is allowed")
+            raise ValueError(
+                f"variance={variance!r}: 'small' or 'large' is allowed"
+            )
         self.variance, self.clip = variance, clip
 
     def step(self, den: Denoiser, x, t, s, noise):

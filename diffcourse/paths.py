@@ -19,7 +19,9 @@ def as_time(
     "Times as a tensor.\n\nRaises: ValueError if one lies outside [0, 1]."
     if not isinstance(t, Tensor):
         t = torch.tensor(t, dtype=torch.float64)
-    if t.device.type == "cpu":  # elsewhere a look would stall the device
+    if (
+        t.device.type == "cpu"
+    ):  # elsewhere a look would stall the device
         if not ((t >= 0) & (t <= 1)).all():
             raise ValueError(
                 f"time t = {t} is outside [0, 1]; 0 is data, 1 is noise"
@@ -30,7 +32,9 @@ def as_time(
 def expand(
     a: Tensor,  # (B,) one number a sample, or a scalar
     x: Tensor,  # (B, …)
-) -> Tensor:  # a with as many axes as x, so that a * x multiplies by sample
+) -> (
+    Tensor
+):  # a with as many axes as x, so that a * x multiplies by sample
     "Give `a` trailing axes until it multiplies `x` sample by sample."
     return a if a.ndim == 0 else a.reshape(-1, *[1] * (x.ndim - 1))
 
@@ -43,7 +47,9 @@ def check_prediction(
 ) -> str:
     "The name itself.\n\nRaises: ValueError listing the five names."
     if predicts not in PREDICTIONS:
-        raise ValueError(f"predicts={predicts!r}: choose of {PREDICTIONS}")
+        raise ValueError(
+            f"predicts={predicts!r}: choose of {PREDICTIONS}"
+        )
     return predicts
 
 # %% ../nbs/11_paths.ipynb #822a5f74
@@ -66,7 +72,9 @@ class Path:
         return self.alpha(t).log() - self.sigma(t).log()
 
     def dlam(self, t) -> Tensor:  # d lam / dt, negative
-        return self.dalpha(t) / self.alpha(t) - self.dsigma(t) / self.sigma(t)
+        return self.dalpha(t) / self.alpha(t) - self.dsigma(
+            t
+        ) / self.sigma(t)
 
     def t_of_lam(self, lam) -> Tensor:  # inverse of lam
         raise NotImplementedError
@@ -79,7 +87,10 @@ class Path:
     ) -> Tensor:  # (B, …) x_t
         "The state x_t of the path."
         t = as_time(t)
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
+        return (
+            expand(self.alpha(t), x0) * x0
+            + expand(self.sigma(t), x0) * eps
+        )
 
     def target(
         self,
@@ -95,9 +106,15 @@ class Path:
         if predicts == "v":
             return a * eps - s * x0
         if predicts == "flow":
-            da, ds = expand(self.dalpha(t), x0), expand(self.dsigma(t), x0)
+            da, ds = expand(self.dalpha(t), x0), expand(
+                self.dsigma(t), x0
+            )
             return da * x0 + ds * eps
-        return {"x0": x0, "eps": eps}[predicts] if predicts != "score" else -eps / s
+        return (
+            {"x0": x0, "eps": eps}[predicts]
+            if predicts != "score"
+            else -eps / s
+        )
 
     def config(self) -> dict:  # JSON; `path_from` rebuilds the path
         return {"path": type(self).__name__, **vars(self)}
@@ -110,7 +127,11 @@ class Path:
 def _scalar(
     x,  # float or tensor
 ) -> Tensor:  # tensor; a float becomes float64
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    return (
+        x
+        if isinstance(x, Tensor)
+        else torch.tensor(x, dtype=torch.float64)
+    )
 
 
 class Linear(Path):
@@ -200,12 +221,21 @@ class VPLinear(VP):
         return -0.5 * beta * self.alpha(t)
 
     def lam(self, t):
-        return -0.5 * torch.expm1(-2 * self._log_alpha(as_time(t))).log()
+        return (
+            -0.5 * torch.expm1(-2 * self._log_alpha(as_time(t))).log()
+        )
 
     def t_of_lam(self, lam):
         c = torch.nn.functional.softplus(-2 * _scalar(lam))
         slope = self.beta_max - self.beta_min
-        return 2 * c / ((self.beta_min**2 + 2 * slope * c).sqrt() + self.beta_min)
+        return (
+            2
+            * c
+            / (
+                (self.beta_min**2 + 2 * slope * c).sqrt()
+                + self.beta_min
+            )
+        )
 
 # %% ../nbs/11_paths.ipynb #84f814e2
 class VPCosine(VP):
@@ -221,13 +251,17 @@ class VPCosine(VP):
         rate = math.pi / 2 / (1 + self.s)
         return a, rate * (t + self.s), rate
 
-    def alpha(self, t):  # sin of the angle that is left: exactly 0 at t = 1
+    def alpha(
+        self, t
+    ):  # sin of the angle that is left: exactly 0 at t = 1
         a, _, rate = self._angles(t := as_time(t))
         return torch.sin(rate * (1 - t)) / math.cos(a)
 
     def sigma(self, t):  # sin(b - a) sin(b + a) = sin^2 b - sin^2 a
         a, b, rate = self._angles(t := as_time(t))
-        return (torch.sin(rate * t) * torch.sin(b + a)).sqrt() / math.cos(a)
+        return (
+            torch.sin(rate * t) * torch.sin(b + a)
+        ).sqrt() / math.cos(a)
 
     def dalpha(self, t):
         a, b, rate = self._angles(as_time(t))
@@ -237,7 +271,11 @@ class VPCosine(VP):
         a, b, rate = self._angles(as_time(t))
         if self.s == 0:
             return rate * torch.cos(b)
-        return rate * torch.sin(2 * b) / (2 * math.cos(a) ** 2 * self.sigma(t))
+        return (
+            rate
+            * torch.sin(2 * b)
+            / (2 * math.cos(a) ** 2 * self.sigma(t))
+        )
 
     def t_of_lam(self, lam):  # alpha^2 = sigmoid(2 lam)
         a, _, rate = self._angles(0.0)
@@ -250,13 +288,19 @@ class VPCosine(VP):
 class VPSigmoid(VP):
     "alpha^2 = (sig(end) - sig(z)) / (sig(end) - sig(start)), z from start to end.\n\nSource: Jabri et al. (2023), algorithm 1."
 
-    def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0):
+    def __init__(
+        self, start: float = -3.0, end: float = 3.0, tau: float = 1.0
+    ):
         if not (start < end and tau > 0):
             raise ValueError(
                 f"start={start}, end={end}, tau={tau}: "
                 "start < end and tau > 0 are needed"
             )
-        self.start, self.end, self.tau = float(start), float(end), float(tau)
+        self.start, self.end, self.tau = (
+            float(start),
+            float(end),
+            float(tau),
+        )
 
     def _ends(self):
         return self.start / self.tau, self.end / self.tau
@@ -265,19 +309,29 @@ class VPSigmoid(VP):
         lo, hi = self._ends()
         left = torch.sinh((1 - (t := as_time(t))) * (hi - lo) / 2)
         left = left / torch.cosh((lo + t * (hi - lo)) / 2)
-        return (left * math.cosh(lo / 2) / math.sinh((hi - lo) / 2)).sqrt()
+        return (
+            left * math.cosh(lo / 2) / math.sinh((hi - lo) / 2)
+        ).sqrt()
 
     def sigma(self, t):
         lo, hi = self._ends()
         gone = torch.sinh((t := as_time(t)) * (hi - lo) / 2)
         gone = gone / torch.cosh((lo + t * (hi - lo)) / 2)
-        return (gone * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)).sqrt()
+        return (
+            gone * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)
+        ).sqrt()
 
     def dalpha(self, t):
         lo, hi = self._ends()
         z = lo + as_time(t) * (hi - lo)
-        scale = math.cosh(lo / 2) * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)
-        slope = (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)  # of sigma^2
+        scale = (
+            math.cosh(lo / 2)
+            * math.cosh(hi / 2)
+            / math.sinh((hi - lo) / 2)
+        )
+        slope = (
+            (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)
+        )  # of sigma^2
         return -slope / (2 * self.alpha(t))
 
     def t_of_lam(self, lam):
@@ -292,9 +346,13 @@ class VPTable(VP):
     "A chain of N steps.\n\nSource: Ho et al. (2020), equation 4."
 
     def __init__(self, betas):
-        betas = torch.as_tensor(betas, dtype=torch.float64).flatten().cpu()
+        betas = (
+            torch.as_tensor(betas, dtype=torch.float64).flatten().cpu()
+        )
         if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas: one number in (0, 1) or more is needed")
+            raise ValueError(
+                "betas: one number in (0, 1) or more is needed"
+            )
         self.betas = betas  # (N,) float64
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # (N,)
 
@@ -316,11 +374,18 @@ class VPTable(VP):
         return values.to(t.device)[self.index(t) + 1].to(t.dtype)
 
     def alpha(self, t):
-        full = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        full = torch.cat(
+            [torch.ones(1, dtype=torch.float64), self.alphas_cumprod]
+        )
         return self._at(full.sqrt(), t)
 
     def sigma(self, t):
-        full = torch.cat([torch.zeros(1, dtype=torch.float64), 1 - self.alphas_cumprod])
+        full = torch.cat(
+            [
+                torch.zeros(1, dtype=torch.float64),
+                1 - self.alphas_cumprod,
+            ]
+        )
         return self._at(full.sqrt(), t)
 
     def dalpha(self, t):
@@ -333,7 +398,10 @@ class VPTable(VP):
 
     def t_of_lam(self, lam):  # the entry that is nearest
         lam = _scalar(lam)
-        own = 0.5 * (self.alphas_cumprod / (1 - self.alphas_cumprod)).log()
+        own = (
+            0.5
+            * (self.alphas_cumprod / (1 - self.alphas_cumprod)).log()
+        )
         near = (own - lam.double()[..., None]).abs().argmin(-1)
         return ((near + 1).double() / len(self)).to(lam.dtype)
 
@@ -368,18 +436,24 @@ def path_from(
     config: dict,  # what `Path.config()` returned
 ) -> Path:
     "Rebuild a path from its description."
-    kinds = {c.__name__: c for c in (Linear, VPLinear, VPCosine, VPSigmoid, VPTable)}
+    kinds = {
+        c.__name__: c
+        for c in (Linear, VPLinear, VPCosine, VPSigmoid, VPTable)
+    }
     config = dict(config)
     kind = config.pop("path", None)
     if kind not in kinds:
-        raise ValueError(f"path {kind!r} is unknown; there are {sorted(kinds)}")
+        raise ValueError(
+            f"path {kind!r} is unknown; there are {sorted(kinds)}"
+        )
     return kinds[kind](**config)
 
 # %% ../nbs/11_paths.ipynb #04aab9aa
 class Prediction:
     """One output of a network, seen as any of the five predictions: .x0 .eps .v .flow .score, each (B, …).
 
-    Raises: ValueError where the wanted one is not determined (alpha = 0 or sigma = 0)."""
+    Raises: ValueError where the wanted one is not determined (alpha = 0 or sigma = 0).
+    """
 
     def __init__(
         self,
@@ -392,7 +466,9 @@ class Prediction:
         self.x, self.t, self.out, self.path = x, as_time(t), out, path
         self.predicts = check_prediction(predicts)
 
-    def _coef(self, name):  # alpha, sigma, dalpha or dsigma, shaped like x
+    def _coef(
+        self, name
+    ):  # alpha, sigma, dalpha or dsigma, shaped like x
         return expand(getattr(self.path, name)(self.t), self.x)
 
     def _over(self, top, bottom, want):
@@ -438,13 +514,19 @@ class Prediction:
     def v(self) -> Tensor:
         if self.predicts == "v":
             return self.out
-        return self._coef("alpha") * self.eps - self._coef("sigma") * self.x0
+        return (
+            self._coef("alpha") * self.eps
+            - self._coef("sigma") * self.x0
+        )
 
     @property
     def flow(self) -> Tensor:
         if self.predicts == "flow":
             return self.out
-        return self._coef("dalpha") * self.x0 + self._coef("dsigma") * self.eps
+        return (
+            self._coef("dalpha") * self.x0
+            + self._coef("dsigma") * self.eps
+        )
 
     @property
     def score(self) -> Tensor:

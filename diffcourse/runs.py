@@ -37,7 +37,9 @@ def _fit_type(
         return new
     if isinstance(old, float) and type(new) is int:
         return float(new)
-    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+    if isinstance(old, (list, tuple)) and isinstance(
+        new, (list, tuple)
+    ):
         return type(old)(new)
     raise TypeError(
         f"parameter {name} = {new!r} is {type(new).__name__}, "
@@ -53,7 +55,9 @@ def _fit_range(
     "Refuse a value out of range, or not among the choices."
     if isinstance(rule, list):
         if value not in rule:
-            raise ValueError(f"parameter {name} = {value!r}: choose of {rule}")
+            raise ValueError(
+                f"parameter {name} = {value!r}: choose of {rule}"
+            )
         return
     low, high = rule
     below = low is not None and value < low
@@ -73,9 +77,12 @@ def check(
 ):
     """Refuse parameters that were not declared or do not fit, and say what runs.
 
-    Raises: NameError, TypeError or ValueError with the list of parameters."""
+    Raises: NameError, TypeError or ValueError with the list of parameters.
+    """
     if "_declared" not in ns:
-        raise NameError("no declare(ns=globals()) ran before check(globals())")
+        raise NameError(
+            "no declare(ns=globals()) ran before check(globals())"
+        )
     old = ns["_declared"]
     names = [k for k, v in old.items() if isinstance(v, _SIMPLE)]
     names = [k for k in names if k not in ("In", "Out")]
@@ -86,7 +93,9 @@ def check(
         if k not in old:
             raise NameError(f"{k} is not a parameter" + listing)
         if v is not old[k] and k not in names:
-            raise NameError(f"{k} is not a parameter, it is taken" + listing)
+            raise NameError(
+                f"{k} is not a parameter, it is taken" + listing
+            )
         if k in names:
             try:
                 ns[k] = _fit_type(k, v, old[k])
@@ -102,13 +111,21 @@ def _headline(ns, names, old, data, page):
     import torch
 
     dev = device()
-    where = {"cpu": f"CPU, {torch.get_num_threads()} threads"}.get(dev.type)
+    where = {"cpu": f"CPU, {torch.get_num_threads()} threads"}.get(
+        dev.type
+    )
     if where is None:
-        where = torch.cuda.get_device_name() if dev.type == "cuda" else str(dev)
+        where = (
+            torch.cuda.get_device_name()
+            if dev.type == "cuda"
+            else str(dev)
+        )
     values = " ".join(f"{k}={ns[k]}" for k in names)
     line = f"{data} · {values} · {where}"
     if page and any(ns[k] != old[k] for k in names):
-        line += f" · as in the book: papermill nbs/{page}.ipynb out.ipynb"
+        line += (
+            f" · as in the book: papermill nbs/{page}.ipynb out.ipynb"
+        )
     return line
 
 
@@ -131,11 +148,16 @@ def _package() -> Path:  # the folder of diffcourse's modules
 def home() -> Path:
     "The folder of runs and downloads: DIFFCOURSE_HOME, the checkout's build folder, or the user's cache."
     if os.environ.get("DIFFCOURSE_HOME"):
-        return Path(os.environ["DIFFCOURSE_HOME"]).expanduser().resolve()
+        return (
+            Path(os.environ["DIFFCOURSE_HOME"]).expanduser().resolve()
+        )
     for start in (Path.cwd(), _package()):
         for folder in (start, *start.parents):
             ini = folder / "settings.ini"
-            if ini.is_file() and "lib_name = diffcourse" in ini.read_text():
+            if (
+                ini.is_file()
+                and "lib_name = diffcourse" in ini.read_text()
+            ):
                 return folder / "build" / "digits"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "diffcourse"
@@ -147,7 +169,8 @@ def atomic_write(
 ):
     """Write a file so that it is whole or not there.
 
-    Raises: OSError naming the file when the disk is full or read-only; what stood there before stays."""
+    Raises: OSError naming the file when the disk is full or read-only; what stood there before stays.
+    """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -179,7 +202,9 @@ def save_tensors(
     "Write tensors and their description as one safetensors file, atomically."
     from safetensors.torch import save
 
-    flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    flat = {
+        k: v.detach().cpu().contiguous() for k, v in tensors.items()
+    }
     atomic_write(path, save(flat, metadata={"json": json.dumps(meta)}))
 
 # %% ../nbs/19_runs.ipynb #6d9cf64f
@@ -188,7 +213,8 @@ def load_tensors(
 ) -> tuple[dict, dict]:  # tensors on the CPU, description
     """Read a safetensors file and its description.
 
-    Raises: FileNotFoundError; ValueError when the file is a pickle, truncated, or not ours."""
+    Raises: FileNotFoundError; ValueError when the file is a pickle, truncated, or not ours.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -221,7 +247,9 @@ def rng(
     import numpy as np
 
     if any(int(k) != k or k < 0 for k in key):
-        raise ValueError(f"rng key {key}: non-negative integers are allowed")
+        raise ValueError(
+            f"rng key {key}: non-negative integers are allowed"
+        )
     state = np.random.SeedSequence(key).generate_state(2, np.uint64)
     return np.random.Generator(np.random.Philox(key=state))
 
@@ -240,20 +268,36 @@ def describe(
         return {str(k): describe(obj[k]) for k in sorted(obj, key=str)}
     if hasattr(obj, "detach") and hasattr(obj, "numpy"):  # a tensor
         raw = obj.detach().cpu().contiguous().numpy().tobytes()
-        return [str(obj.dtype), list(obj.shape), hashlib.sha256(raw).hexdigest()]
+        return [
+            str(obj.dtype),
+            list(obj.shape),
+            hashlib.sha256(raw).hexdigest(),
+        ]
     if isinstance(obj, functools.partial):
-        return [describe(obj.func), describe(obj.args), describe(obj.keywords)]
+        return [
+            describe(obj.func),
+            describe(obj.args),
+            describe(obj.keywords),
+        ]
     if inspect.isfunction(obj):
         free = inspect.getclosurevars(obj).nonlocals
-        free = {k: v for k, v in free.items() if v is not obj}  # recursion
+        free = {
+            k: v for k, v in free.items() if v is not obj
+        }  # recursion
         return [_name(obj), _source(obj), describe(free)]
     if hasattr(obj, "config"):
         return [_name(type(obj)), describe(obj.config())]
     if hasattr(obj, "__dict__"):
         kind = type(obj)
-        own = [] if kind.__module__.startswith("diffcourse.") else [_source(kind)]
+        own = (
+            []
+            if kind.__module__.startswith("diffcourse.")
+            else [_source(kind)]
+        )
         return [_name(kind), describe(vars(obj)), *own]
-    raise TypeError(f"cannot describe {obj!r}: give its class a config() method")
+    raise TypeError(
+        f"cannot describe {obj!r}: give its class a config() method"
+    )
 
 # %% ../nbs/19_runs.ipynb #fc288fa1
 def _name(
@@ -279,11 +323,17 @@ def _source(
 
 def _code_hash(
     source: str,  # Python source
-) -> str:  # hash that comments, blank lines and docstrings do not change
+) -> (
+    str
+):  # hash that comments, blank lines and docstrings do not change
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+        ):
             if isinstance(getattr(body[0].value, "value", None), str):
                 body[0] = ast.Pass()
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
@@ -299,7 +349,9 @@ def fingerprint(
 
 def module_sources(
     *names: str,  # modules of diffcourse, such as "unet"
-) -> dict:  # module -> hash of its code, with all that they import of diffcourse
+) -> (
+    dict
+):  # module -> hash of its code, with all that they import of diffcourse
     "The code that a run depends on. Comments, blank lines and docstrings do not count."
     found, todo = {}, list(names)
     while todo:
@@ -309,7 +361,11 @@ def module_sources(
         source = (_package() / f"{name}.py").read_text()
         found[name] = _code_hash(source)
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.level == 1
+                and node.module
+            ):
                 todo.append(node.module)
             elif isinstance(node, ast.ImportFrom):
                 head, _, tail = (node.module or "").partition(".")

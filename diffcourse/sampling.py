@@ -20,7 +20,8 @@ from .paths import Path, Prediction, as_time, check_prediction
 class Denoiser:
     """A network with its path and its prediction; `nfe` counts the calls.
 
-    Raises: TypeError or ValueError when x, t or the output do not fit."""
+    Raises: TypeError or ValueError when x, t or the output do not fit.
+    """
 
     def __init__(
         self,
@@ -51,7 +52,9 @@ class Denoiser:
         "Evaluate the network once."
         t = as_time(t)
         if not x.is_floating_point():
-            raise TypeError(f"x is {x.dtype}: a floating point type is needed")
+            raise TypeError(
+                f"x is {x.dtype}: a floating point type is needed"
+            )
         if t.ndim and t.shape != x.shape[:1]:
             raise ValueError(
                 f"t has shape {tuple(t.shape)} for {len(x)} samples: "
@@ -64,7 +67,9 @@ class Denoiser:
                 "a denoiser keeps the shape"
             )
         self.nfe += 1
-        return Prediction(x, t, out.to(x.dtype), self.predicts, self.path)
+        return Prediction(
+            x, t, out.to(x.dtype), self.predicts, self.path
+        )
 
     def x0(self, x: Tensor, t) -> Tensor:
         return self(x, t).x0
@@ -98,7 +103,9 @@ class Grid:
 
     def __post_init__(self):
         if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps = {self.steps!r}: an integer >= 1 is needed")
+            raise ValueError(
+                f"steps = {self.steps!r}: an integer >= 1 is needed"
+            )
         if not 0 <= self.end < self.start <= 1:
             raise ValueError(
                 f"grid from {self.start} to {self.end}: 0 <= end < start <= 1 "
@@ -114,7 +121,9 @@ class Grid:
         if self.kind == "explicit":
             return torch.tensor(option, dtype=torch.float64)
         if self.kind == "logsnr":
-            far, near = (path.lam(u).clamp(-option, option) for u in (a, b))
+            far, near = (
+                path.lam(u).clamp(-option, option) for u in (a, b)
+            )
             t = path.t_of_lam(far + (near - far) * k)
         elif self.kind == "quadratic":
             t = (a**0.5 + (b**0.5 - a**0.5) * k) ** 2
@@ -160,7 +169,9 @@ def logsnr(
 ) -> Grid:
     "Equal steps in lam, clipped.\n\nSource: Lu et al. (2022), DPM-Solver, section 3.2."
     if lam_max <= 0:
-        raise ValueError(f"lam_max = {lam_max}: a positive number is needed")
+        raise ValueError(
+            f"lam_max = {lam_max}: a positive number is needed"
+        )
     return Grid("logsnr", steps, start, end, float(lam_max))
 
 
@@ -171,7 +182,9 @@ def trailing(
 ) -> Grid:
     "Equal steps rounded to the times i / table of a discrete chain, from the noisiest one."
     if not 1 <= steps <= table:
-        raise ValueError(f"steps = {steps}: 1 to {table}, the table's, is allowed")
+        raise ValueError(
+            f"steps = {steps}: 1 to {table}, the table's, is allowed"
+        )
     return Grid("trailing", steps, start, 0.0, int(table))
 
 
@@ -208,7 +221,9 @@ class Solver:
 
     def __repr__(self):
         args = ", ".join(
-            f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_")
+            f"{k}={v!r}"
+            for k, v in vars(self).items()
+            if not k.startswith("_")
         )
         return f"{type(self).__name__}({args})"
 
@@ -235,15 +250,22 @@ class Noise:
         for s in own:
             if not 0 <= s < 2**32:
                 raise ValueError(f"seed {s}: 0 to 2**32 - 1 is allowed")
-        self._gens = [torch.Generator().manual_seed(int(s)) for s in own]
+        self._gens = [
+            torch.Generator().manual_seed(int(s)) for s in own
+        ]
         self._cloud = isinstance(seeds, int)
 
     def __call__(self) -> Tensor:  # (n, *shape) float32
         if self._cloud:
-            z = torch.randn((self.n, *self.shape), generator=self._gens[0])
+            z = torch.randn(
+                (self.n, *self.shape), generator=self._gens[0]
+            )
         else:
             z = torch.stack(
-                [torch.randn(self.shape, generator=g) for g in self._gens]
+                [
+                    torch.randn(self.shape, generator=g)
+                    for g in self._gens
+                ]
             )
         return z.to(self.device)
 
@@ -266,11 +288,15 @@ def _count(seeds, n, x):  # how many samples, and their seeds
         n = len(x)
     if isinstance(seeds, int):
         if n is None:
-            raise ValueError(f"seeds = {seeds}: with one seed say n=, how many")
+            raise ValueError(
+                f"seeds = {seeds}: with one seed say n=, how many"
+            )
         return n, seeds
     seeds = [int(s) for s in seeds]
     if not seeds or n not in (None, len(seeds)):
-        raise ValueError(f"{len(seeds)} seeds for n = {n}: one a sample is needed")
+        raise ValueError(
+            f"{len(seeds)} seeds for n = {n}: one a sample is needed"
+        )
     return len(seeds), seeds
 
 # %% ../nbs/14_sampling.ipynb #097674c5
@@ -280,45 +306,74 @@ def sample(
     shape: Sequence[int],  # of ONE sample: (1, 8, 8)
     solver: Solver = Euler(),  # noqa: B008
     grid: Grid | Sequence[float] = uniform(10),  # or explicit times
-    seeds: int | Sequence[int] = 0,  # one a sample, or one for the cloud
+    seeds: (
+        int | Sequence[int]
+    ) = 0,  # one a sample, or one for the cloud
     n: int | None = None,  # samples, with one seed
-    x: Tensor | None = None,  # (n, *shape) states to start from, instead of noise
+    x: (
+        Tensor | None
+    ) = None,  # (n, *shape) states to start from, instead of noise
     final: str = "stop",  # or "denoise": one evaluation more, at the last time
     trajectory: bool = False,  # keep every state
     batch: int | None = None,  # samples at once; all by default
 ) -> Samples:
     """Solve from noise to data. With a sequence of seeds sample j depends on seeds[j] alone.
 
-    Raises: ValueError, TypeError for what does not fit; the message says what does."""
+    Raises: ValueError, TypeError for what does not fit; the message says what does.
+    """
     if not hasattr(solver, "step"):
         known = sorted(c.__name__ for c in Solver.__subclasses__())
-        raise TypeError(f"solver={solver!r}: an object such as {known} is needed")
+        raise TypeError(
+            f"solver={solver!r}: an object such as {known} is needed"
+        )
     if final not in ("stop", "denoise"):
-        raise ValueError(f"final={final!r}: 'stop' or 'denoise' is allowed")
+        raise ValueError(
+            f"final={final!r}: 'stop' or 'denoise' is allowed"
+        )
     grid = grid if isinstance(grid, Grid) else explicit(grid)
     if final == "denoise" and grid.end == 0:
-        raise ValueError("final='denoise' needs a grid that ends above 0")
+        raise ValueError(
+            "final='denoise' needs a grid that ends above 0"
+        )
     n, seeds = _count(seeds, n, x)
     if x is not None and tuple(x.shape[1:]) != tuple(shape):
-        raise ValueError(f"x is {tuple(x.shape)}, shape says (n, *{tuple(shape)})")
+        raise ValueError(
+            f"x is {tuple(x.shape)}, shape says (n, *{tuple(shape)})"
+        )
     if batch and isinstance(seeds, int) and batch < n:
-        raise ValueError("batch= needs one seed a sample: seeds=range(n)")
+        raise ValueError(
+            "batch= needs one seed a sample: seeds=range(n)"
+        )
     times = grid.times(den.path)
     begin, calls, parts = time.perf_counter(), den.nfe, []
     with _evaluating(den.net):
         for i in range(0, n, batch or n):
-            own = seeds if isinstance(seeds, int) else seeds[i : i + (batch or n)]
+            own = (
+                seeds
+                if isinstance(seeds, int)
+                else seeds[i : i + (batch or n)]
+            )
             m = n if isinstance(seeds, int) else len(own)
             noise = Noise(own, m, shape, den.device)
             start = None if x is None else x[i : i + m].to(den.device)
-            parts.append(_solve(den, solver, times, noise, start, final, trajectory))
+            parts.append(
+                _solve(
+                    den, solver, times, noise, start, final, trajectory
+                )
+            )
             if i == 0:
                 nfe = den.nfe - calls
-    states = torch.cat([p.cpu() for p in parts], 1) if len(parts) > 1 else parts[0]
+    states = (
+        torch.cat([p.cpu() for p in parts], 1)
+        if len(parts) > 1
+        else parts[0]
+    )
     if den.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    return Samples(states[-1], nfe, seconds, times, states if trajectory else None)
+    return Samples(
+        states[-1], nfe, seconds, times, states if trajectory else None
+    )
 
 # %% ../nbs/14_sampling.ipynb #27db9a00
 class _evaluating:  # dropout off, and back as it was
@@ -334,7 +389,9 @@ class _evaluating:  # dropout off, and back as it was
             self.net.train()
 
 
-def _solve(den, solver, times, noise, x, final, keep):  # -> (states, n, …)
+def _solve(
+    den, solver, times, noise, x, final, keep
+):  # -> (states, n, …)
     t = times.tolist()
     if x is None:
         x = den.path.sigma(t[0]).float() * noise()

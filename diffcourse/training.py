@@ -27,20 +27,34 @@ class Settings:
     batch: int = 64  # samples an iteration, over all micro-batches
     lr: float = 2e-3  # largest learning rate; 2e-4 for large networks
     warmup: int = 50  # iterations over which it rises from zero
-    decay: float = 0.5  # last share of the training, over which it falls to zero
-    betas: tuple = (0.9, 0.99)  # AdamW's memories; 0.99 forgets faster than 0.999
+    decay: float = (
+        0.5  # last share of the training, over which it falls to zero
+    )
+    betas: tuple = (
+        0.9,
+        0.99,
+    )  # AdamW's memories; 0.99 forgets faster than 0.999
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.998  # memory of the averaged weights
     seed: int = 0  # of everything random
-    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where fast
-    accumulate: int = 1  # micro-batches an iteration, when memory is short
+    precision: str = (
+        "auto"  # "fp32", "bf16", or "auto": bf16 where fast
+    )
+    accumulate: int = (
+        1  # micro-batches an iteration, when memory is short
+    )
     log_every: int = 50  # iterations a line of the log
 
     def __post_init__(self):
         s = dataclasses.asdict(self)
         rules = {
-            "a whole number >= 1": ("steps", "batch", "accumulate", "log_every"),
+            "a whole number >= 1": (
+                "steps",
+                "batch",
+                "accumulate",
+                "log_every",
+            ),
             "a number > 0": ("lr", "clip"),
             "between 0 and 1": ("decay", "ema"),
             "a whole number >= 0": ("seed", "warmup"),
@@ -54,11 +68,17 @@ class Settings:
         for rule, names in rules.items():
             for k in names:
                 if not ok[rule](s[k]):
-                    raise ValueError(f"{k} = {s[k]!r}: {rule} is needed")
+                    raise ValueError(
+                        f"{k} = {s[k]!r}: {rule} is needed"
+                    )
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate = {self.accumulate} must divide {self.batch}")
+            raise ValueError(
+                f"accumulate = {self.accumulate} must divide {self.batch}"
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision={self.precision!r}: auto, fp32 or bf16")
+            raise ValueError(
+                f"precision={self.precision!r}: auto, fp32 or bf16"
+            )
 
 # %% ../nbs/15_training.ipynb #d1101597
 def learning_rate(
@@ -91,7 +111,9 @@ class EMA:
     ):
         d = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():  # all tensors in one call
-            torch._foreach_lerp_(self._own, list(net.parameters()), 1 - d)
+            torch._foreach_lerp_(
+                self._own, list(net.parameters()), 1 - d
+            )
             for a, b in zip(self.net.buffers(), net.buffers()):
                 a.copy_(b)
         self.share *= d
@@ -104,7 +126,11 @@ class Draws:
     "What is random in one iteration, for the rows lo to hi of its batch."
 
     def __init__(self, seed, step, batch, lo, hi, like):
-        self._key, self._batch, self._rows = (seed, step), batch, slice(lo, hi)
+        self._key, self._batch, self._rows = (
+            (seed, step),
+            batch,
+            slice(lo, hi),
+        )
         self._like, self._calls = like, 0
 
     def _draw(self, purpose, method, shape):
@@ -116,10 +142,16 @@ class Draws:
     def t(self) -> torch.Tensor:  # (B,) uniform in [0, 1)
         return self._draw(TIMES, "random", ())
 
-    def noise(self) -> torch.Tensor:  # (B, …) standard normal, like the data
-        return self._draw(NOISE, "standard_normal", self._like.shape[1:])
+    def noise(
+        self,
+    ) -> torch.Tensor:  # (B, …) standard normal, like the data
+        return self._draw(
+            NOISE, "standard_normal", self._like.shape[1:]
+        )
 
-    def uniform(self, *shape: int) -> torch.Tensor:  # (B, *shape) in [0, 1)
+    def uniform(
+        self, *shape: int
+    ) -> torch.Tensor:  # (B, *shape) in [0, 1)
         return self._draw(OTHER, "random", shape)
 
 # %% ../nbs/15_training.ipynb #38c1a08e
@@ -156,15 +188,23 @@ class _Rows:  # a plain tensor as a data set
         return self.x[torch.as_tensor(indices)]
 
 
-def _batches(data, s, start, workers):  # yields (B, …) from iteration `start` on
-    plan = (batch_indices(s.seed, k, s.batch, len(data)) for k in range(start, s.steps))
+def _batches(
+    data, s, start, workers
+):  # yields (B, …) from iteration `start` on
+    plan = (
+        batch_indices(s.seed, k, s.batch, len(data))
+        for k in range(start, s.steps)
+    )
     if data.streamed:
         loader = torch.utils.data.DataLoader(
             data,
             batch_sampler=[i.tolist() for i in plan],
             num_workers=workers,
             collate_fn=lambda rows: torch.stack(
-                [r[0] if isinstance(r, (tuple, list)) else r for r in rows]
+                [
+                    r[0] if isinstance(r, (tuple, list)) else r
+                    for r in rows
+                ]
             ),
         )
         yield from loader
@@ -173,7 +213,9 @@ def _batches(data, s, start, workers):  # yields (B, …) from iteration `start`
             yield data.batch(indices)
 
 
-def _flip(x, s, step, lo):  # each image mirrored with probability one half
+def _flip(
+    x, s, step, lo
+):  # each image mirrored with probability one half
     r = runs.rng(s.seed, FLIPS, step).random(s.batch)[lo : lo + len(x)]
     mask = torch.from_numpy(r < 0.5).to(x.device).reshape(-1, 1, 1, 1)
     return torch.where(mask, x.flip(-1), x)
@@ -187,7 +229,9 @@ def fast_bf16(
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, n, lambda: False)() for n in names)
+        return any(
+            getattr(torch.cpu, n, lambda: False)() for n in names
+        )
     return False
 
 # %% ../nbs/15_training.ipynb #29bb78fe
@@ -197,22 +241,34 @@ class _State:
     def __init__(self, net, s, folder):
         self.net, self.ema, self.folder = net, EMA(net, s.ema), folder
         self.opt = torch.optim.AdamW(
-            net.parameters(), s.lr, s.betas, weight_decay=s.weight_decay, foreach=True
+            net.parameters(),
+            s.lr,
+            s.betas,
+            weight_decay=s.weight_decay,
+            foreach=True,
         )
         self.step, self.seconds, self.total, self.count = 0, 0.0, 0.0, 0
 
     def save(self):
-        tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+        tensors = {
+            f"net.{k}": v for k, v in self.net.state_dict().items()
+        }
+        tensors |= {
+            f"ema.{k}": v for k, v in self.ema.net.state_dict().items()
+        }
         for i, moments in self.opt.state_dict()["state"].items():
             tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
         names = ("step", "seconds", "total", "count")
         meta = {k: float(getattr(self, k)) for k in names}
         meta["share"] = self.ema.share
-        runs.save_tensors(self.folder / "state.safetensors", tensors, meta)
+        runs.save_tensors(
+            self.folder / "state.safetensors", tensors, meta
+        )
 
     def restore(self):
-        tensors, meta = runs.load_tensors(self.folder / "state.safetensors")
+        tensors, meta = runs.load_tensors(
+            self.folder / "state.safetensors"
+        )
         part = functools.partial(_part, tensors)
         self.net.load_state_dict(part("net."))
         self.ema.net.load_state_dict(part("ema."))
@@ -228,7 +284,11 @@ class _State:
 
 
 def _part(tensors, prefix):  # the tensors of one prefix, without it
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    return {
+        k[len(prefix) :]: v
+        for k, v in tensors.items()
+        if k.startswith(prefix)
+    }
 
 # %% ../nbs/15_training.ipynb #34f98c8b
 class _Method(nn.Module):  # network and loss as one module
@@ -246,17 +306,23 @@ class _Method(nn.Module):  # network and loss as one module
         return out.mean()
 
 
-def _iterate(method, state, x, data, s, acc):  # -> mean loss, norm of the gradient
+def _iterate(
+    method, state, x, data, s, acc
+):  # -> mean loss, norm of the gradient
     step, size = state.step, s.batch // s.accumulate
     rate, total = learning_rate(step, s), 0.0
     for group in state.opt.param_groups:
         group["lr"] = rate
-    cast = torch.autocast(acc.device.type, torch.bfloat16, s.precision == "bf16")
+    cast = torch.autocast(
+        acc.device.type, torch.bfloat16, s.precision == "bf16"
+    )
     for lo in range(0, s.batch, size):
         part = x[lo : lo + size].to(acc.device)
         part = _flip(part, s, step, lo) if data.flip else part
         key = runs.rng(s.seed, DROPOUT, step, lo)
-        torch.manual_seed(int(key.integers(2**32)))  # dropout's only source
+        torch.manual_seed(
+            int(key.integers(2**32))
+        )  # dropout's only source
         with acc.accumulate(method), cast:
             draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
             value = method(part, draw)
@@ -289,9 +355,15 @@ def _interruptible():
 
 
 def _must_be_finite(state, norm, s):
-    if not (math.isfinite(float(state.total)) and math.isfinite(float(norm))):
+    if not (
+        math.isfinite(float(state.total)) and math.isfinite(float(norm))
+    ):
         file = state.folder / "state.safetensors"
-        kept = f"the last good state is {file}" if file.exists() else "none was saved"
+        kept = (
+            f"the last good state is {file}"
+            if file.exists()
+            else "none was saved"
+        )
         raise FloatingPointError(
             f"the loss is not a number at iteration {state.step}; {kept}. "
             f"Lower lr (now {s.lr}), clip more (now {s.clip}) or try "
@@ -303,15 +375,26 @@ class _Progress:
     "One line that is rewritten: in a notebook, in a terminal, not in a file."
 
     def __init__(self, name, steps):
-        self.name, self.steps, self.last, self.handle = name, steps, 0.0, None
-        self.begin, self.first, self.bar = time.perf_counter(), None, None
+        self.name, self.steps, self.last, self.handle = (
+            name,
+            steps,
+            0.0,
+            None,
+        )
+        self.begin, self.first, self.bar = (
+            time.perf_counter(),
+            None,
+            None,
+        )
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         self.kernel = getattr(shell, "kernel", None) is not None
         if not self.kernel:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=steps, desc=name, disable=None, leave=False)
+            self.bar = tqdm(
+                total=steps, desc=name, disable=None, leave=False
+            )
 
     def __call__(self, step, loss, rate):
         self.first = step if self.first is None else self.first
@@ -370,14 +453,19 @@ def _write_log(state, s, norm, log):
     state.total, state.count = 0.0, 0
 
 # %% ../nbs/15_training.ipynb #aeb47224
-def _train(method, state, data, s, acc, progress, save_every, watch, workers):
+def _train(
+    method, state, data, s, acc, progress, save_every, watch, workers
+):
     "Iterate to the end, logging, saving and watching; -> the log."
     log, bad = _read_log(state.folder, state.step), None
     last = saved = time.perf_counter()
     with _interruptible() as asked:
         for x in _batches(data, s, state.step, workers):
             loss, norm = _iterate(method, state, x, data, s, acc)
-            state.total, state.count = state.total + loss, state.count + 1
+            state.total, state.count = (
+                state.total + loss,
+                state.count + 1,
+            )
             bad = norm if bad is None else bad + norm  # keeps any nan
             state.step += 1
             progress(state.step, loss, learning_rate(state.step - 1, s))
@@ -388,7 +476,11 @@ def _train(method, state, data, s, acc, progress, save_every, watch, workers):
                 _write_log(state, s, norm, log)
             watch(state)
             stop = bool(asked)  # looked at once: what stops is saved
-            if stop or state.step == s.steps or now - saved >= save_every:
+            if (
+                stop
+                or state.step == s.steps
+                or now - saved >= save_every
+            ):
                 _must_be_finite(state, bad, s)
                 state.save()
                 saved = time.perf_counter()
@@ -400,11 +492,15 @@ def _train(method, state, data, s, acc, progress, save_every, watch, workers):
     return log
 
 # %% ../nbs/15_training.ipynb #467ff14c
-def run_identity(loss, net, data, s: Settings) -> tuple[str, dict]:  # name, description
+def run_identity(
+    loss, net, data, s: Settings
+) -> tuple[str, dict]:  # name, description
     "The name of a training: equal when everything that shapes its result is."
     modules = {"training", "runs"}
     for kind in (type(loss), type(net), loss):
-        head, _, tail = (getattr(kind, "__module__", "") or "").partition(".")
+        head, _, tail = (
+            getattr(kind, "__module__", "") or ""
+        ).partition(".")
         if head == "diffcourse" and tail:
             modules.add(tail)
     config = net.config() if hasattr(net, "config") else repr(net)
@@ -412,7 +508,11 @@ def run_identity(loss, net, data, s: Settings) -> tuple[str, dict]:  # name, des
         "loss": runs.describe(loss),
         "net": {"class": type(net).__name__, "config": config},
         "start": runs.fingerprint(dict(net.state_dict())),
-        "data": {"name": data.name, "hash": data.hash, "flip": data.flip},
+        "data": {
+            "name": data.name,
+            "hash": data.hash,
+            "flip": data.flip,
+        },
         "settings": dataclasses.asdict(s),
         "code": runs.module_sources(*sorted(modules)),
     }
@@ -448,8 +548,11 @@ def fit(
 ) -> Fit:
     """Train, or go on training, or fetch the result: whatever is left to do.
 
-    Raises: ValueError for settings out of range; FloatingPointError when the loss is not a number; OSError when a state cannot be written; KeyboardInterrupt after Ctrl-C, with the state saved."""
-    s, data, acc = _prepare(Settings(steps=steps, **settings), data, accelerator)
+    Raises: ValueError for settings out of range; FloatingPointError when the loss is not a number; OSError when a state cannot be written; KeyboardInterrupt after Ctrl-C, with the state saved.
+    """
+    s, data, acc = _prepare(
+        Settings(steps=steps, **settings), data, accelerator
+    )
     name, what = run_identity(loss, net, data, s)
     folder = runs.home() / "runs" / run / name
     if fresh and folder.exists():
@@ -462,13 +565,25 @@ def fit(
     status = _resume(state, folder, progress, s)
     if status != "reused":
         what = {"run": run, "identity": name, **what}
-        runs.atomic_write(folder / "run.json", json.dumps(what, indent=1))
-        watch = functools.partial(_watch, every=every, callback=callback)
+        runs.atomic_write(
+            folder / "run.json", json.dumps(what, indent=1)
+        )
+        watch = functools.partial(
+            _watch, every=every, callback=callback
+        )
         method = acc.prepare(_Method(net, loss))
         with torch.random.fork_rng():
             net.train()
             log = _train(
-                method, state, data, s, acc, progress, save_every, watch, workers
+                method,
+                state,
+                data,
+                s,
+                acc,
+                progress,
+                save_every,
+                watch,
+                workers,
             )
         _publish(state, run, name, what, loss, s)
     return _finish(state, progress, status, s)
@@ -493,7 +608,10 @@ def _resume(state, folder, progress, s):  # -> status
     if not (folder / "state.safetensors").exists():
         return "trained"
     state.restore()
-    if state.step >= s.steps and (folder / "model.safetensors").exists():
+    if (
+        state.step >= s.steps
+        and (folder / "model.safetensors").exists()
+    ):
         return "reused"
     progress.show(f"going on from iteration {state.step} of {s.steps}")
     return "resumed"
@@ -503,11 +621,15 @@ def _watch(state, every, callback):
     if callback is not None and every and state.step % every == 0:
         kept = callback(state.step, state.ema.net)
         if kept is not None:
-            file = state.folder / f"snapshot-{state.step:07d}.safetensors"
+            file = (
+                state.folder / f"snapshot-{state.step:07d}.safetensors"
+            )
             runs.save_tensors(file, {"x": kept}, {"step": state.step})
 
 # %% ../nbs/15_training.ipynb #dadad2fc
-def _publish(state, run, name, what, loss, s):  # the averaged weights, described
+def _publish(
+    state, run, name, what, loss, s
+):  # the averaged weights, described
     path = getattr(loss, "path", None)
     meta = {
         "run": run,
@@ -523,7 +645,9 @@ def _publish(state, run, name, what, loss, s):  # the averaged weights, describe
     tensors = state.ema.net.state_dict()
     runs.save_tensors(state.folder / "model.safetensors", tensors, meta)
     latest = {"identity": name, "steps": s.steps}
-    runs.atomic_write(state.folder.parent / "latest.json", json.dumps(latest))
+    runs.atomic_write(
+        state.folder.parent / "latest.json", json.dumps(latest)
+    )
 
 
 def _finish(state, progress, status, s):
@@ -531,7 +655,9 @@ def _finish(state, progress, status, s):
         progress.bar.close()
     log = _read_log(state.folder, state.step)
     last = f", loss {log[-1]['loss']:.4f}" if log else ""
-    where = f"{s.precision} on {next(state.net.parameters()).device.type}"
+    where = (
+        f"{s.precision} on {next(state.net.parameters()).device.type}"
+    )
     progress.show(
         f"{status} · {state.step} iterations in {state.seconds:.1f} s{last} · {where}"
     )

@@ -98,17 +98,21 @@ def describe(app, what, name, obj, options, lines):
     """Write a docstring and the docments of its parameters as fields."""
     from fastcore.docments import docments
 
-    said = []
+    said, fields, later = [], [], []
     for line in lines:
         field = re.match(r"(Raises|Source|Returns): *(.+)", line)
-        said += ["", f":{field[1]}: {escape(field[2])}"] if field else [escape(line)]
-    fields = []
+        if field:
+            later.append(f":{field[1]}: {escape(field[2])}")
+        elif later and line.strip():                          # a field goes on until the next one
+            later[-1] += " " + escape(line.strip())
+        else:
+            said.append(escape(line))
     if what in ("function", "method", "class"):
         for key, item in docments(obj, full=True, returns=True).items():
             note = " ".join((item.docment or "").split())
             if note:
                 fields.append(f":returns: {escape(note)}" if key == "return" else f":param {key}: {escape(note)}")
-    lines[:] = [*said, "", *fields, ""]
+    lines[:] = [*said, "", *fields, *later, ""]
 
 
 def leave_out_thebe(app, page, template, context, doctree):
