@@ -71,9 +71,11 @@ def strings(nb: str) -> set[str]:
 
 
 def makes(nb: str) -> set[str]:
-    """The runs that a notebook makes: the text given as `run=` in a call."""
-    return {k.value.value for n in ast.walk(tree(nb) or ast.parse("")) if isinstance(n, ast.Call) for k in n.keywords
-            if k.arg == "run" and isinstance(k.value, ast.Constant)}
+    """The runs that a notebook makes: the texts in what is given as `run=` in a call, pieces of f-strings left out."""
+    given = [k.value for n in ast.walk(tree(nb) or ast.parse("")) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "run"]
+    nodes = [n for value in given for n in ast.walk(value)]
+    pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
+    return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces}
 
 
 def makers(nb: str) -> list[str]:

@@ -61,8 +61,8 @@ def call(*command):
         return "".join(said).strip()
     text = "".join(said)
     reason = [advice for pattern, advice in FAULTS if re.search(pattern, text)]
-    last = text.strip().splitlines()[-1:] or ["exit status %d" % process.returncode]
-    stop((reason or [last[0]])[0] + " (all of it: build/env.log)")
+    errors = [line.strip() for line in text.splitlines() if "error" in line.lower()] or ["exit status %d" % process.returncode]
+    stop((reason or errors[-1:])[0] + " (all of it: build/env.log)")
 
 
 def works():

@@ -16,24 +16,22 @@ _names = {
     "linear_betas cosine_betas",
     "data": "Images digits image_folder mnist fashion_mnist cifar10",
     "unet": "UNet count_parameters count_macs",
-    "sampling": "Denoiser Grid uniform quadratic cosine logsnr trailing "
-    "explicit Solver Euler sample Samples NetworkTime",
+    "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
+    "trailing explicit Solver Euler sample Samples NetworkTime",
     "training": "Settings EMA Draws fit Fit",
-    "playground": "GaussianMixture mixture MLP wasserstein1 stratified_normal",
+    "playground": "GaussianMixture mixture MLP wasserstein1 "
+    "stratified_normal",
     "ddpm": "DenoisingLoss DDPM",
     "plotting": "",
     "runs": "home",
 }
 
-
+# %% ../nbs/10_diffcourse.ipynb #bf223aa0
 def __getattr__(name):
     for module, names in _names.items():
-        if name == module:
-            return importlib.import_module(f"diffcourse.{module}")
-        if name in names.split():
-            return getattr(
-                importlib.import_module(f"diffcourse.{module}"), name
-            )
+        if name == module or name in names.split():
+            found = importlib.import_module(f"diffcourse.{module}")
+            return found if name == module else getattr(found, name)
     near = difflib.get_close_matches(name, __dir__())
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise AttributeError(f"diffcourse has no {name!r}{hint}")
@@ -43,12 +41,24 @@ def __dir__():
     names = [n for names in _names.values() for n in names.split()]
     return sorted({"load", "__version__", *_names, *names})
 
-# %% ../nbs/10_diffcourse.ipynb #22f76e60
+# %% ../nbs/10_diffcourse.ipynb #e3b33c64
 def _shipped():  # name -> {"file", "sha256"}
     index = Path(__file__).with_name("weights") / "index.json"
     return json.loads(index.read_text()) if index.exists() else {}
 
 
+def _shipped_file(name):  # -> file, once its bytes are the right ones
+    shipped = _shipped()[name]
+    file = Path(__file__).with_name("weights") / shipped["file"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != shipped["sha256"]:
+        raise ValueError(
+            f"{file} has sha256 {digest[:12]}…, not the published "
+            f"{shipped['sha256'][:12]}…: install the package again"
+        )
+    return file
+
+# %% ../nbs/10_diffcourse.ipynb #80453d7c
 def _local(name):  # file of the newest complete run, or None
     from diffcourse.runs import home
 
@@ -59,54 +69,31 @@ def _local(name):  # file of the newest complete run, or None
     return latest.parent / identity / "model.safetensors"
 
 
-def _known():
+def _known():  # every name that can be loaded
     from diffcourse.runs import home
 
     root = home() / "runs"
-    local = [
-        str(p.parent.relative_to(root))
-        for p in root.rglob("latest.json")
-    ]
+    found = [p.parent for p in root.rglob("latest.json")]
+    local = [str(p.relative_to(root)) for p in found]
     return sorted({*_shipped(), *local})
 
-
+# %% ../nbs/10_diffcourse.ipynb #7d02f55b
 def _find(name, source):  # -> file, what to say
     if str(name).endswith(".safetensors"):
         return Path(name), f"file {name}"
-    local, shipped = _local(name), _shipped().get(name)
+    local = _local(name)
     if local and source in ("auto", "local"):
         return local, f"local run {local.parent.name}"
-    if shipped and source in ("auto", "shipped"):
-        file = Path(__file__).with_name("weights") / shipped["file"]
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if digest != shipped["sha256"]:
-            raise ValueError(
-                f"{file} has sha256 {digest[:12]}…, not the published "
-                f"{shipped['sha256'][:12]}…: install the package again"
-            )
+    if name in _shipped() and source in ("auto", "shipped"):
+        file = _shipped_file(name)
         return file, "weights of the package, sha256 checked"
     raise FileNotFoundError(
-        f"no trained {name!r} ({source}); there are {_known()}. Train it with "
-        f"fit(…, run={name!r}) or run its chapter"
+        f"no trained {name!r} ({source}); there are {_known()}. "
+        f"Train it with fit(…, run={name!r}) or run its chapter"
     )
 
-# %% ../nbs/10_diffcourse.ipynb #d1361a01
-def load(
-    name: str,  # name of a run, such as "digits/ddpm", or a .safetensors file
-    source: str = "auto",  # "local", "shipped", or "auto": local if there is one
-):  # -> Denoiser on the CPU; the network alone if it has no path
-    """A trained network, ready to sample: the local run, else the weights in the package.
-
-    Raises: FileNotFoundError listing the known names; ValueError for a file that is damaged, or does not fit its network.
-    """
-    from diffcourse.runs import load_tensors
-
-    if source not in ("auto", "local", "shipped"):
-        raise ValueError(
-            f"source={source!r}: 'auto', 'local' or 'shipped'"
-        )
-    file, said = _find(name, source)
-    tensors, meta = load_tensors(file)
+# %% ../nbs/10_diffcourse.ipynb #22dccbb1
+def _network(file, tensors, meta):  # -> the network, ready to use
     if not isinstance(meta, dict) or "net" not in meta:
         raise ValueError(f"{file} does not say which network it is for")
     net = __getattr__(meta["net"]["class"])(**meta["net"]["config"])
@@ -116,8 +103,28 @@ def load(
         raise ValueError(
             f"{file} does not fit its {meta['net']}: {e}"
         ) from e
+    return net.eval().requires_grad_(False)
+
+# %% ../nbs/10_diffcourse.ipynb #d1361a01
+def load(
+    name: str,  # name of a run, "digits/ddpm", or a .safetensors file
+    source: str = "auto",  # "local", "shipped", or "auto": local first
+):  # -> Denoiser on the CPU; the network alone if it has no path
+    """A trained network, ready to sample.
+
+    Raises: FileNotFoundError listing the known names; ValueError for
+    a file that is damaged, or does not fit its network.
+    """
+    from diffcourse.runs import load_tensors
+
+    if source not in ("auto", "local", "shipped"):
+        raise ValueError(
+            f"source={source!r}: 'auto', 'local' or 'shipped'"
+        )
+    file, said = _find(name, source)
+    tensors, meta = load_tensors(file)
+    net = _network(file, tensors, meta)
     print(f"{name}: {said}, {meta['steps']} iterations")
-    net.eval().requires_grad_(False)
     if not meta.get("path"):
         return net
     from diffcourse import paths, sampling

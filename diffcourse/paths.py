@@ -16,25 +16,33 @@ from torch import Tensor
 def as_time(
     t,  # float, or a tensor of any shape
 ) -> Tensor:  # the same times; a float becomes a float64 scalar
-    "Times as a tensor.\n\nRaises: ValueError if one lies outside [0, 1]."
+    """Times as a tensor.
+
+    Raises: ValueError if one lies outside [0, 1].
+    """
     if not isinstance(t, Tensor):
         t = torch.tensor(t, dtype=torch.float64)
-    if (
-        t.device.type == "cpu"
-    ):  # elsewhere a look would stall the device
-        if not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(
-                f"time t = {t} is outside [0, 1]; 0 is data, 1 is noise"
-            )
+    if t.device.type != "cpu":  # a look would stall the device
+        return t
+    if not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(
+            f"time t = {t} is outside [0, 1]; 0 is data, 1 is noise"
+        )
     return t
 
+# %% ../nbs/11_paths.ipynb #2249fb11
+def _scalar(
+    x,  # float or tensor
+) -> Tensor:  # a float becomes a float64 scalar
+    if isinstance(x, Tensor):
+        return x
+    return torch.tensor(x, dtype=torch.float64)
 
+# %% ../nbs/11_paths.ipynb #4469ee31
 def expand(
     a: Tensor,  # (B,) one number a sample, or a scalar
     x: Tensor,  # (B, …)
-) -> (
-    Tensor
-):  # a with as many axes as x, so that a * x multiplies by sample
+) -> Tensor:  # a with as many axes as x
     "Give `a` trailing axes until it multiplies `x` sample by sample."
     return a if a.ndim == 0 else a.reshape(-1, *[1] * (x.ndim - 1))
 
@@ -44,160 +52,167 @@ PREDICTIONS = ("eps", "x0", "v", "flow", "score")
 
 def check_prediction(
     predicts: str,  # name of a prediction
-) -> str:
-    "The name itself.\n\nRaises: ValueError listing the five names."
+) -> str:  # the name itself
+    """Let one of the five names pass.
+
+    Raises: ValueError listing the five names.
+    """
     if predicts not in PREDICTIONS:
         raise ValueError(
             f"predicts={predicts!r}: choose of {PREDICTIONS}"
         )
     return predicts
 
-# %% ../nbs/11_paths.ipynb #822a5f74
+# %% ../nbs/11_paths.ipynb #f1394e17
+def method(
+    cls: type,  # a class that is already defined
+):  # -> decorator for a function, a property or a static method
+    "Add what follows to a class, so that it can be told in parts."
+
+    def add(f):
+        setattr(cls, getattr(f, "fget", f).__name__, f)
+        return f
+
+    return add
+
+# %% ../nbs/11_paths.ipynb #76d50324
 class Path:
-    "A road x_t = alpha(t) x0 + sigma(t) eps from data (t = 0) to noise (t = 1)."
+    "A road x_t = alpha(t) x0 + sigma(t) eps from data to noise."
 
-    def alpha(self, t) -> Tensor:  # how much of the data is left
+    def alpha(self, t) -> Tensor:
+        "How much of the data is left at t."
         raise NotImplementedError
 
-    def sigma(self, t) -> Tensor:  # how much noise has come in
+    def sigma(self, t) -> Tensor:
+        "How much noise has come in at t."
         raise NotImplementedError
 
-    def dalpha(self, t) -> Tensor:  # d alpha / dt
+    def dalpha(self, t) -> Tensor:
+        "The derivative of alpha."
         raise NotImplementedError
 
-    def dsigma(self, t) -> Tensor:  # d sigma / dt
+    def dsigma(self, t) -> Tensor:
+        "The derivative of sigma."
         raise NotImplementedError
 
-    def lam(self, t) -> Tensor:  # log(alpha / sigma), half the log-SNR
-        return self.alpha(t).log() - self.sigma(t).log()
-
-    def dlam(self, t) -> Tensor:  # d lam / dt, negative
-        return self.dalpha(t) / self.alpha(t) - self.dsigma(
-            t
-        ) / self.sigma(t)
-
-    def t_of_lam(self, lam) -> Tensor:  # inverse of lam
+    def t_of_lam(self, lam) -> Tensor:
+        "The time at which the path has this lam."
         raise NotImplementedError
 
-    def add_noise(
-        self,
-        x0: Tensor,  # (B, …) data
-        eps: Tensor,  # (B, …) standard normal noise
-        t,  # float, or (B,)
-    ) -> Tensor:  # (B, …) x_t
-        "The state x_t of the path."
-        t = as_time(t)
-        return (
-            expand(self.alpha(t), x0) * x0
-            + expand(self.sigma(t), x0) * eps
-        )
+# %% ../nbs/11_paths.ipynb #b8e7fb96
+@method(Path)
+def lam(self, t) -> Tensor:
+    "log(alpha / sigma), half the log-SNR."
+    return self.alpha(t).log() - self.sigma(t).log()
 
-    def target(
-        self,
-        predicts: str,  # one of PREDICTIONS
-        x0: Tensor,  # (B, …) data
-        eps: Tensor,  # (B, …) noise
-        t,  # float, or (B,)
-    ) -> Tensor:  # (B, …)
-        "What a network that predicts this should have said of x0 and eps."
-        check_prediction(predicts)
-        t = as_time(t)
-        a, s = expand(self.alpha(t), x0), expand(self.sigma(t), x0)
-        if predicts == "v":
-            return a * eps - s * x0
-        if predicts == "flow":
-            da, ds = expand(self.dalpha(t), x0), expand(
-                self.dsigma(t), x0
-            )
-            return da * x0 + ds * eps
-        return (
-            {"x0": x0, "eps": eps}[predicts]
-            if predicts != "score"
-            else -eps / s
-        )
 
-    def config(self) -> dict:  # JSON; `path_from` rebuilds the path
-        return {"path": type(self).__name__, **vars(self)}
+@method(Path)
+def dlam(self, t) -> Tensor:
+    "The derivative of lam, negative."
+    a, s = self.alpha(t), self.sigma(t)
+    return self.dalpha(t) / a - self.dsigma(t) / s
 
-    def __repr__(self):
-        args = ", ".join(f"{k}={v}" for k, v in vars(self).items())
-        return f"{type(self).__name__}({args})"
+# %% ../nbs/11_paths.ipynb #3c609d81
+@method(Path)
+def add_noise(
+    self,
+    x0: Tensor,  # (B, …) data
+    eps: Tensor,  # (B, …) standard normal noise
+    t,  # float, or (B,)
+) -> Tensor:  # (B, …) x_t
+    "The state x_t of the path."
+    t = as_time(t)
+    a, s = expand(self.alpha(t), x0), expand(self.sigma(t), x0)
+    return a * x0 + s * eps
+
+# %% ../nbs/11_paths.ipynb #4dfdd3cb
+@method(Path)
+def target(
+    self,
+    predicts: str,  # one of PREDICTIONS
+    x0: Tensor,  # (B, …) data
+    eps: Tensor,  # (B, …) noise
+    t,  # float, or (B,)
+) -> Tensor:  # (B, …)
+    "What a network that predicts this should have said of x0 and eps."
+    check_prediction(predicts)
+    t = as_time(t)
+    a, s = expand(self.alpha(t), x0), expand(self.sigma(t), x0)
+    if predicts == "v":
+        return a * eps - s * x0
+    if predicts == "flow":
+        da, ds = self.dalpha(t), self.dsigma(t)
+        return expand(da, x0) * x0 + expand(ds, x0) * eps
+    if predicts == "score":
+        return -eps / s
+    return x0 if predicts == "x0" else eps
+
+# %% ../nbs/11_paths.ipynb #122d03bf
+@method(Path)
+def config(self) -> dict:
+    "The path as JSON can hold it; `path_from` rebuilds it."
+    return {"path": type(self).__name__, **vars(self)}
+
+
+@method(Path)
+def __repr__(self) -> str:
+    args = ", ".join(f"{k}={v}" for k, v in vars(self).items())
+    return f"{type(self).__name__}({args})"
 
 # %% ../nbs/11_paths.ipynb #ddbad1c6
-def _scalar(
-    x,  # float or tensor
-) -> Tensor:  # tensor; a float becomes float64
-    return (
-        x
-        if isinstance(x, Tensor)
-        else torch.tensor(x, dtype=torch.float64)
-    )
-
-
 class Linear(Path):
-    "alpha = 1 - t, sigma = t.\n\nSource: Lipman et al. (2023), the conditional OT path."
+    """alpha = 1 - t, sigma = t.
+
+    Source: Lipman et al. (2023), the conditional OT path.
+    """
 
     def alpha(self, t):
+        "1 - t."
         return 1 - as_time(t)
 
     def sigma(self, t):
+        "t itself."
         return as_time(t)
 
     def dalpha(self, t):
+        "-1 at every time."
         return -torch.ones_like(as_time(t))
 
     def dsigma(self, t):
+        "1 at every time."
         return torch.ones_like(as_time(t))
 
     def t_of_lam(self, lam):
+        "The sigmoid of -lam."
         return torch.sigmoid(-_scalar(lam))
 
-# %% ../nbs/11_paths.ipynb #b1ea7c79
+# %% ../nbs/11_paths.ipynb #c0fd7f1a
 class VP(Path):
-    """A variance preserving path, alpha^2 + sigma^2 = 1. Made by VP.linear(), VP.cosine(), VP.sigmoid() or VP.table(betas)."""
+    """A variance preserving path, alpha^2 + sigma^2 = 1.
+
+    Made by VP.linear(), VP.cosine(), VP.sigmoid(), VP.table(betas).
+    """
 
     def dsigma(self, t):
+        "-alpha alpha' / sigma, from the circle."
         return -self.alpha(t) * self.dalpha(t) / self.sigma(t)
 
     def dlam(self, t):
+        "alpha' / (alpha sigma^2), negative."
         return self.dalpha(t) / (self.alpha(t) * self.sigma(t) ** 2)
-
-    @staticmethod
-    def linear(
-        beta_min: float = 0.1,  # rate of noising at the data
-        beta_max: float = 20.0,  # and at the noise
-    ) -> "VP":
-        "Noise at a rate beta(t) that grows linearly: the limit of DDPM's table."
-        return VPLinear(beta_min, beta_max)
-
-    @staticmethod
-    def cosine(
-        s: float = 0.0,  # offset; 0.008 in Nichol & Dhariwal's table
-    ) -> "VP":
-        "alpha = cos(pi t / 2), as in v-prediction, or with an offset s."
-        return VPCosine(s)
-
-    @staticmethod
-    def sigmoid(
-        start: float = -3.0,  # argument of the sigmoid at the data
-        end: float = 3.0,  # and at the noise
-        tau: float = 1.0,  # temperature: smaller is steeper
-    ) -> "VP":
-        "alpha^2 is a sigmoid, scaled to run from 1 to 0."
-        return VPSigmoid(start, end, tau)
-
-    @staticmethod
-    def table(
-        betas,  # (N,) variances of the forward chain, each in (0, 1)
-    ) -> "VP":
-        "DDPM's discrete chain: values at t = (i + 1) / N only."
-        return VPTable(betas)
 
 # %% ../nbs/11_paths.ipynb #837b87dd
 class VPLinear(VP):
-    "beta(t) grows linearly.\n\nSource: Song et al. (2021), equation 33."
+    """beta(t) grows linearly.
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+    Source: Song et al. (2021), equation 33.
+    """
+
+    def __init__(
+        self,
+        beta_min: float = 0.1,  # rate of noising at the data
+        beta_max: float = 20.0,  # and at the noise
+    ):
         if not 0 <= beta_min <= beta_max or beta_max <= 0:
             raise ValueError(
                 f"beta_min={beta_min}, beta_max={beta_max}: "
@@ -209,39 +224,63 @@ class VPLinear(VP):
         slope = self.beta_max - self.beta_min
         return -t * (0.25 * t * slope + 0.5 * self.beta_min)
 
-    def alpha(self, t):
-        return self._log_alpha(as_time(t)).exp()
+# %% ../nbs/11_paths.ipynb #05150749
+@method(VPLinear)
+def alpha(self, t):
+    "exp(log alpha): what the rate has left."
+    return self._log_alpha(as_time(t)).exp()
 
-    def sigma(self, t):
-        return (-torch.expm1(2 * self._log_alpha(as_time(t)))).sqrt()
 
-    def dalpha(self, t):
-        t = as_time(t)
-        beta = self.beta_min + t * (self.beta_max - self.beta_min)
-        return -0.5 * beta * self.alpha(t)
+@method(VPLinear)
+def sigma(self, t):
+    "sqrt(1 - alpha^2), without the subtraction."
+    return (-torch.expm1(2 * self._log_alpha(as_time(t)))).sqrt()
 
-    def lam(self, t):
-        return (
-            -0.5 * torch.expm1(-2 * self._log_alpha(as_time(t))).log()
-        )
 
-    def t_of_lam(self, lam):
-        c = torch.nn.functional.softplus(-2 * _scalar(lam))
-        slope = self.beta_max - self.beta_min
-        return (
-            2
-            * c
-            / (
-                (self.beta_min**2 + 2 * slope * c).sqrt()
-                + self.beta_min
-            )
-        )
+@method(VPLinear)
+def dalpha(self, t):
+    "-beta(t) alpha(t) / 2."
+    t = as_time(t)
+    beta = self.beta_min + t * (self.beta_max - self.beta_min)
+    return -0.5 * beta * self.alpha(t)
 
-# %% ../nbs/11_paths.ipynb #84f814e2
+# %% ../nbs/11_paths.ipynb #0e65e2a1
+@method(VPLinear)
+def lam(self, t):
+    "-log(exp(-2 log alpha) - 1) / 2."
+    return -0.5 * torch.expm1(-2 * self._log_alpha(as_time(t))).log()
+
+
+@method(VPLinear)
+def t_of_lam(self, lam):
+    "The time of this lam, from a quadratic."
+    c = torch.nn.functional.softplus(-2 * _scalar(lam))
+    slope = self.beta_max - self.beta_min
+    root = (self.beta_min**2 + 2 * slope * c).sqrt()
+    return 2 * c / (root + self.beta_min)
+
+# %% ../nbs/11_paths.ipynb #77165baa
+@method(VP)
+@staticmethod
+def linear(
+    beta_min: float = 0.1,  # rate of noising at the data
+    beta_max: float = 20.0,  # and at the noise
+) -> VP:
+    "Noise at a rate that grows linearly: the limit of DDPM's table."
+    return VPLinear(beta_min, beta_max)
+
+# %% ../nbs/11_paths.ipynb #a313ef0a
 class VPCosine(VP):
-    "alpha = cos(a + t (pi/2 - a)) / cos(a).\n\nSource: Nichol and Dhariwal (2021), equation 17; s = 0 in Salimans and Ho (2022)."
+    """alpha = cos(a + t (pi/2 - a)) / cos(a).
 
-    def __init__(self, s: float = 0.0):
+    Source: Nichol and Dhariwal (2021), equation 17; s = 0 in
+    Salimans and Ho (2022).
+    """
+
+    def __init__(
+        self,
+        s: float = 0.0,  # offset, which gives the angle a of the start
+    ):
         if not 0 <= s < 1:
             raise ValueError(f"offset s={s} is outside [0, 1)")
         self.s = float(s)
@@ -251,104 +290,146 @@ class VPCosine(VP):
         rate = math.pi / 2 / (1 + self.s)
         return a, rate * (t + self.s), rate
 
-    def alpha(
-        self, t
-    ):  # sin of the angle that is left: exactly 0 at t = 1
-        a, _, rate = self._angles(t := as_time(t))
-        return torch.sin(rate * (1 - t)) / math.cos(a)
+# %% ../nbs/11_paths.ipynb #4087e825
+@method(VPCosine)
+def alpha(self, t):
+    "cos(b) / cos(a), exactly 0 at t = 1."
+    a, _, rate = self._angles(t := as_time(t))
+    return torch.sin(rate * (1 - t)) / math.cos(a)
 
-    def sigma(self, t):  # sin(b - a) sin(b + a) = sin^2 b - sin^2 a
-        a, b, rate = self._angles(t := as_time(t))
-        return (
-            torch.sin(rate * t) * torch.sin(b + a)
-        ).sqrt() / math.cos(a)
 
-    def dalpha(self, t):
-        a, b, rate = self._angles(as_time(t))
-        return -rate * torch.sin(b) / math.cos(a)
+@method(VPCosine)
+def sigma(self, t):
+    "sqrt(sin(b - a) sin(b + a)) / cos(a)."
+    a, b, rate = self._angles(t := as_time(t))
+    product = torch.sin(rate * t) * torch.sin(b + a)
+    return product.sqrt() / math.cos(a)
 
-    def dsigma(self, t):
-        a, b, rate = self._angles(as_time(t))
-        if self.s == 0:
-            return rate * torch.cos(b)
-        return (
-            rate
-            * torch.sin(2 * b)
-            / (2 * math.cos(a) ** 2 * self.sigma(t))
-        )
+# %% ../nbs/11_paths.ipynb #d9406023
+@method(VPCosine)
+def dalpha(self, t):
+    "-rate sin(b) / cos(a)."
+    a, b, rate = self._angles(as_time(t))
+    return -rate * torch.sin(b) / math.cos(a)
 
-    def t_of_lam(self, lam):  # alpha^2 = sigmoid(2 lam)
-        a, _, rate = self._angles(0.0)
-        left = torch.sigmoid(2 * _scalar(lam)).sqrt() * math.cos(a)
-        if self.s == 0:  # the same without cancellation at both ends
-            return torch.atan(torch.exp(-_scalar(lam))) / rate
-        return 1 - torch.asin(left) / rate
 
-# %% ../nbs/11_paths.ipynb #e918dc00
+@method(VPCosine)
+def dsigma(self, t):
+    "rate sin(2 b) / (2 cos(a)^2 sigma)."
+    a, b, rate = self._angles(as_time(t))
+    if self.s == 0:
+        return rate * torch.cos(b)
+    slope = rate * torch.sin(2 * b)
+    return slope / (2 * math.cos(a) ** 2 * self.sigma(t))
+
+# %% ../nbs/11_paths.ipynb #7c2f04f3
+@method(VPCosine)
+def t_of_lam(self, lam):
+    "The time of this lam, from its angle."
+    a, _, rate = self._angles(0.0)
+    if self.s == 0:
+        return torch.atan(torch.exp(-_scalar(lam))) / rate
+    left = torch.sigmoid(2 * _scalar(lam)).sqrt() * math.cos(a)
+    return 1 - torch.asin(left) / rate
+
+
+@method(VP)
+@staticmethod
+def cosine(
+    s: float = 0.0,  # offset; 0.008 in Nichol & Dhariwal's table
+) -> VP:
+    "alpha = cos(pi t / 2), as in v-prediction, or with an offset s."
+    return VPCosine(s)
+
+# %% ../nbs/11_paths.ipynb #e411c42f
 class VPSigmoid(VP):
-    "alpha^2 = (sig(end) - sig(z)) / (sig(end) - sig(start)), z from start to end.\n\nSource: Jabri et al. (2023), algorithm 1."
+    """alpha^2 = (sig(end) - sig(z)) / (sig(end) - sig(start)).
+
+    Here z runs from start to end, all divided by tau.
+
+    Source: Jabri et al. (2023), algorithm 1.
+    """
 
     def __init__(
-        self, start: float = -3.0, end: float = 3.0, tau: float = 1.0
+        self,
+        start: float = -3.0,  # argument of the sigmoid at the data
+        end: float = 3.0,  # and at the noise
+        tau: float = 1.0,  # temperature: smaller is steeper
     ):
         if not (start < end and tau > 0):
             raise ValueError(
                 f"start={start}, end={end}, tau={tau}: "
                 "start < end and tau > 0 are needed"
             )
-        self.start, self.end, self.tau = (
-            float(start),
-            float(end),
-            float(tau),
-        )
+        self.start, self.end = float(start), float(end)
+        self.tau = float(tau)
 
     def _ends(self):
         return self.start / self.tau, self.end / self.tau
 
-    def alpha(self, t):
-        lo, hi = self._ends()
-        left = torch.sinh((1 - (t := as_time(t))) * (hi - lo) / 2)
-        left = left / torch.cosh((lo + t * (hi - lo)) / 2)
-        return (
-            left * math.cosh(lo / 2) / math.sinh((hi - lo) / 2)
-        ).sqrt()
+# %% ../nbs/11_paths.ipynb #c588be6a
+@method(VPSigmoid)
+def alpha(self, t):
+    "Root of the part of the sigmoid that is left."
+    lo, hi = self._ends()
+    left = torch.sinh((1 - (t := as_time(t))) * (hi - lo) / 2)
+    left = left / torch.cosh((lo + t * (hi - lo)) / 2)
+    return (left * math.cosh(lo / 2) / math.sinh((hi - lo) / 2)).sqrt()
 
-    def sigma(self, t):
-        lo, hi = self._ends()
-        gone = torch.sinh((t := as_time(t)) * (hi - lo) / 2)
-        gone = gone / torch.cosh((lo + t * (hi - lo)) / 2)
-        return (
-            gone * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)
-        ).sqrt()
 
-    def dalpha(self, t):
-        lo, hi = self._ends()
-        z = lo + as_time(t) * (hi - lo)
-        scale = (
-            math.cosh(lo / 2)
-            * math.cosh(hi / 2)
-            / math.sinh((hi - lo) / 2)
-        )
-        slope = (
-            (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)
-        )  # of sigma^2
-        return -slope / (2 * self.alpha(t))
+@method(VPSigmoid)
+def sigma(self, t):
+    "Root of the part of the sigmoid that is gone."
+    lo, hi = self._ends()
+    gone = torch.sinh((t := as_time(t)) * (hi - lo) / 2)
+    gone = gone / torch.cosh((lo + t * (hi - lo)) / 2)
+    return (gone * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)).sqrt()
 
-    def t_of_lam(self, lam):
-        share = torch.sigmoid(2 * _scalar(lam))
-        lo, hi = self._ends()
-        low, high = 1 / (1 + math.exp(-lo)), 1 / (1 + math.exp(-hi))
-        z = torch.logit(low * share + high * (1 - share))
-        return ((z - lo) / (hi - lo)).clamp(0, 1)
+# %% ../nbs/11_paths.ipynb #484b1e71
+@method(VPSigmoid)
+def dalpha(self, t):
+    "-(slope of sigma^2) / (2 alpha)."
+    lo, hi = self._ends()
+    z = lo + as_time(t) * (hi - lo)
+    scale = math.cosh(lo / 2) * math.cosh(hi / 2)
+    scale = scale / math.sinh((hi - lo) / 2)
+    slope = (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)
+    return -slope / (2 * self.alpha(t))
 
-# %% ../nbs/11_paths.ipynb #1a19c7c3
+
+@method(VPSigmoid)
+def t_of_lam(self, lam):
+    "The time of this lam, from a logit."
+    share = torch.sigmoid(2 * _scalar(lam))
+    lo, hi = self._ends()
+    low, high = 1 / (1 + math.exp(-lo)), 1 / (1 + math.exp(-hi))
+    z = torch.logit(low * share + high * (1 - share))
+    return ((z - lo) / (hi - lo)).clamp(0, 1)
+
+# %% ../nbs/11_paths.ipynb #09811c25
+@method(VP)
+@staticmethod
+def sigmoid(
+    start: float = -3.0,  # argument of the sigmoid at the data
+    end: float = 3.0,  # and at the noise
+    tau: float = 1.0,  # temperature: smaller is steeper
+) -> VP:
+    "alpha^2 is a sigmoid, scaled to run from 1 to 0."
+    return VPSigmoid(start, end, tau)
+
+# %% ../nbs/11_paths.ipynb #d03e8379
 class VPTable(VP):
-    "A chain of N steps.\n\nSource: Ho et al. (2020), equation 4."
+    """A chain of N steps.
 
-    def __init__(self, betas):
-        betas = (
-            torch.as_tensor(betas, dtype=torch.float64).flatten().cpu()
-        )
+    Source: Ho et al. (2020), equation 4.
+    """
+
+    def __init__(
+        self,
+        betas,  # (N,) variances of the chain, each in (0, 1)
+    ):
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = betas.flatten().cpu()
         if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
                 "betas: one number in (0, 1) or more is needed"
@@ -356,68 +437,98 @@ class VPTable(VP):
         self.betas = betas  # (N,) float64
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # (N,)
 
-    def __len__(self):
-        return len(self.betas)
-
-    def index(self, t) -> Tensor:  # i of t = (i + 1) / N; -1 at t = 0
-        n = len(self)
-        at = as_time(t).double() * n
-        if (at - at.round()).abs().max() > 1e-3:
-            raise ValueError(
-                f"a table of {n} steps has values at t = i/{n} only, not at "
-                f"{t}; use a smooth path or the grid trailing(steps, table={n})"
-            )
-        return at.round().long() - 1
-
-    def _at(self, values, t):
-        t = as_time(t)
-        return values.to(t.device)[self.index(t) + 1].to(t.dtype)
-
-    def alpha(self, t):
-        full = torch.cat(
-            [torch.ones(1, dtype=torch.float64), self.alphas_cumprod]
-        )
-        return self._at(full.sqrt(), t)
-
-    def sigma(self, t):
-        full = torch.cat(
-            [
-                torch.zeros(1, dtype=torch.float64),
-                1 - self.alphas_cumprod,
-            ]
-        )
-        return self._at(full.sqrt(), t)
-
     def dalpha(self, t):
+        "Refused, as dsigma and dlam are."
         raise ValueError(
-            "a table has no derivative: use VP.linear() or VP.cosine() for "
-            "flows and for solvers in continuous time"
+            "a table has no derivative: use VP.linear() or VP.cosine() "
+            "for flows and for solvers in continuous time"
         )
 
     dsigma = dlam = dalpha
 
-    def t_of_lam(self, lam):  # the entry that is nearest
-        lam = _scalar(lam)
-        own = (
-            0.5
-            * (self.alphas_cumprod / (1 - self.alphas_cumprod)).log()
+# %% ../nbs/11_paths.ipynb #c7cda005
+@method(VPTable)
+def __len__(self) -> int:
+    return len(self.betas)
+
+
+@method(VPTable)
+def index(
+    self,
+    t,  # float, or a tensor of any shape
+) -> Tensor:  # i of t = (i + 1) / N; -1 at t = 0
+    """The step at which t sits.
+
+    Raises: ValueError for a time between two entries.
+    """
+    n = len(self)
+    at = as_time(t).double() * n
+    if (at - at.round()).abs().max() > 1e-3:
+        raise ValueError(
+            f"a table of {n} steps has values at t = i/{n} only, not "
+            f"at {t}; use a smooth path or the grid "
+            f"trailing(steps, table={n})"
         )
-        near = (own - lam.double()[..., None]).abs().argmin(-1)
-        return ((near + 1).double() / len(self)).to(lam.dtype)
+    return at.round().long() - 1
 
-    def config(self):
-        return {"path": "VPTable", "betas": self.betas.tolist()}
+# %% ../nbs/11_paths.ipynb #8d6a4344
+@method(VPTable)
+def _at(self, first, values, t):  # first is the value at t = 0
+    t = as_time(t)
+    full = torch.cat([values.new_tensor([first]), values])
+    return full.to(t.device)[self.index(t) + 1].to(t.dtype)
 
-    def __repr__(self):
-        return f"VPTable({len(self)} steps)"
+
+@method(VPTable)
+def alpha(self, t):
+    "Root of alphas_cumprod."
+    return self._at(1.0, self.alphas_cumprod.sqrt(), t)
+
+
+@method(VPTable)
+def sigma(self, t):
+    "Root of 1 - alphas_cumprod."
+    return self._at(0.0, (1 - self.alphas_cumprod).sqrt(), t)
+
+# %% ../nbs/11_paths.ipynb #6cebe4cc
+@method(VPTable)
+def t_of_lam(self, lam):
+    "The time of the entry whose lam is nearest."
+    lam, bar = _scalar(lam), self.alphas_cumprod
+    own = 0.5 * (bar / (1 - bar)).log()
+    near = (own - lam.double()[..., None]).abs().argmin(-1)
+    return ((near + 1).double() / len(self)).to(lam.dtype)
+
+
+@method(VPTable)
+def config(self) -> dict:
+    "The table as JSON can hold it; `path_from` rebuilds it."
+    return {"path": "VPTable", "betas": self.betas.tolist()}
+
+
+@method(VPTable)
+def __repr__(self) -> str:
+    return f"VPTable({len(self)} steps)"
+
+# %% ../nbs/11_paths.ipynb #ba8268ed
+@method(VP)
+@staticmethod
+def table(
+    betas,  # (N,) variances of the forward chain, each in (0, 1)
+) -> VP:
+    "DDPM's discrete chain: values at t = (i + 1) / N only."
+    return VPTable(betas)
 
 # %% ../nbs/11_paths.ipynb #e13aefd2
 def linear_betas(
     n: int = 1000,  # steps of the chain
     first: float = 1e-4,  # Ho et al.'s values, made for n = 1000
-    last: float = 0.02,
+    last: float = 0.02,  # and of the last step
 ) -> Tensor:  # (n,) float64
-    "DDPM's linear table.\n\nSource: Ho et al. (2020), section 4."
+    """DDPM's linear table.
+
+    Source: Ho et al. (2020), section 4.
+    """
     return torch.linspace(first, last, n, dtype=torch.float64)
 
 
@@ -426,20 +537,24 @@ def cosine_betas(
     s: float = 0.008,  # offset
     largest: float = 0.999,  # clip, for the last step
 ) -> Tensor:  # (n,) float64
-    "The cosine table.\n\nSource: Nichol and Dhariwal (2021), equation 17."
+    """The cosine table.
+
+    Source: Nichol and Dhariwal (2021), equation 17.
+    """
     t = torch.linspace(0, 1, n + 1, dtype=torch.float64)
     bar = VPCosine(s).alpha(t) ** 2
     return (1 - bar[1:] / bar[:-1]).clamp(max=largest)
 
-
+# %% ../nbs/11_paths.ipynb #93a1f6c2
 def path_from(
     config: dict,  # what `Path.config()` returned
 ) -> Path:
-    "Rebuild a path from its description."
-    kinds = {
-        c.__name__: c
-        for c in (Linear, VPLinear, VPCosine, VPSigmoid, VPTable)
-    }
+    """Rebuild a path from its description.
+
+    Raises: ValueError for a kind of path that is unknown.
+    """
+    kinds = (Linear, VPLinear, VPCosine, VPSigmoid, VPTable)
+    kinds = {c.__name__: c for c in kinds}
     config = dict(config)
     kind = config.pop("path", None)
     if kind not in kinds:
@@ -448,11 +563,14 @@ def path_from(
         )
     return kinds[kind](**config)
 
-# %% ../nbs/11_paths.ipynb #04aab9aa
+# %% ../nbs/11_paths.ipynb #7242de28
 class Prediction:
-    """One output of a network, seen as any of the five predictions: .x0 .eps .v .flow .score, each (B, …).
+    """One output of a network, seen as any of the five predictions.
 
-    Raises: ValueError where the wanted one is not determined (alpha = 0 or sigma = 0).
+    They are .x0, .eps, .v, .flow and .score, each (B, …).
+
+    Raises: ValueError where the wanted one is not determined
+    (alpha = 0 or sigma = 0).
     """
 
     def __init__(
@@ -461,75 +579,87 @@ class Prediction:
         t,  # float, or (B,)
         out: Tensor,  # (B, …) what the network said
         predicts: str,  # which of PREDICTIONS that is
-        path: Path,
+        path: Path,  # the path on which x lies
     ):
         self.x, self.t, self.out, self.path = x, as_time(t), out, path
         self.predicts = check_prediction(predicts)
 
-    def _coef(
-        self, name
-    ):  # alpha, sigma, dalpha or dsigma, shaped like x
+    def _coef(self, name):  # alpha, sigma, dalpha, dsigma, like x
         return expand(getattr(self.path, name)(self.t), self.x)
 
-    def _over(self, top, bottom, want):
-        if bottom.device.type == "cpu":
-            if not ((bottom != 0) & bottom.isfinite()).all():
-                raise ValueError(
-                    f"{want} is not determined by {self.predicts!r} at t = "
-                    f"{self.t} on {self.path}: keep away from that end "
-                    "(start=0.999 or end=0.001 of the grid) or predict 'v'"
-                )
+# %% ../nbs/11_paths.ipynb #57242e7f
+@method(Prediction)
+def _over(self, top, bottom, want):  # top / bottom, where that exists
+    if bottom.device.type != "cpu":  # a look would stall the device
         return top / bottom
-
-    @property
-    def x0(self) -> Tensor:
-        out, x, p = self.out, self.x, self.predicts
-        if p == "x0":
-            return out
-        a, s = self._coef("alpha"), self._coef("sigma")
-        if p == "v":
-            return (a * x - s * out) / (a**2 + s**2)
-        if p == "flow":
-            da, ds = self._coef("dalpha"), self._coef("dsigma")
-            return self._over(ds * x - s * out, a * ds - s * da, "x0")
-        noise = s * out if p == "eps" else -(s**2) * out
-        return self._over(x - noise, a, "x0")
-
-    @property
-    def eps(self) -> Tensor:
-        out, x, p = self.out, self.x, self.predicts
-        if p == "eps":
-            return out
-        a, s = self._coef("alpha"), self._coef("sigma")
-        if p == "score":
-            return -s * out
-        if p == "v":
-            return (s * x + a * out) / (a**2 + s**2)
-        if p == "flow":
-            da, ds = self._coef("dalpha"), self._coef("dsigma")
-            return self._over(a * out - da * x, a * ds - s * da, "eps")
-        return self._over(x - a * out, s, "eps")
-
-    @property
-    def v(self) -> Tensor:
-        if self.predicts == "v":
-            return self.out
-        return (
-            self._coef("alpha") * self.eps
-            - self._coef("sigma") * self.x0
+    if not ((bottom != 0) & bottom.isfinite()).all():
+        raise ValueError(
+            f"{want} is not determined by {self.predicts!r} at t = "
+            f"{self.t} on {self.path}: keep away from that end "
+            "(start=0.999 or end=0.001 of the grid) or predict 'v'"
         )
+    return top / bottom
 
-    @property
-    def flow(self) -> Tensor:
-        if self.predicts == "flow":
-            return self.out
-        return (
-            self._coef("dalpha") * self.x0
-            + self._coef("dsigma") * self.eps
-        )
+# %% ../nbs/11_paths.ipynb #b91ce68d
+@method(Prediction)
+@property
+def x0(self) -> Tensor:
+    "The data: the left column of the conversions."
+    out, x, p = self.out, self.x, self.predicts
+    if p == "x0":
+        return out
+    a, s = self._coef("alpha"), self._coef("sigma")
+    if p == "v":
+        return (a * x - s * out) / (a**2 + s**2)
+    if p == "flow":
+        da, ds = self._coef("dalpha"), self._coef("dsigma")
+        return self._over(ds * x - s * out, a * ds - s * da, "x0")
+    noise = s * out if p == "eps" else -(s**2) * out
+    return self._over(x - noise, a, "x0")
 
-    @property
-    def score(self) -> Tensor:
-        if self.predicts == "score":
-            return self.out
-        return self._over(-self.eps, self._coef("sigma"), "score")
+# %% ../nbs/11_paths.ipynb #8fa8e639
+@method(Prediction)
+@property
+def eps(self) -> Tensor:
+    "The noise: the right column of the conversions."
+    out, x, p = self.out, self.x, self.predicts
+    if p == "eps":
+        return out
+    a, s = self._coef("alpha"), self._coef("sigma")
+    if p == "score":
+        return -s * out
+    if p == "v":
+        return (s * x + a * out) / (a**2 + s**2)
+    if p == "flow":
+        da, ds = self._coef("dalpha"), self._coef("dsigma")
+        return self._over(a * out - da * x, a * ds - s * da, "eps")
+    return self._over(x - a * out, s, "eps")
+
+# %% ../nbs/11_paths.ipynb #95c0b134
+@method(Prediction)
+@property
+def v(self) -> Tensor:
+    "The velocity on the circle, alpha eps - sigma x0."
+    if self.predicts == "v":
+        return self.out
+    a, s = self._coef("alpha"), self._coef("sigma")
+    return a * self.eps - s * self.x0
+
+
+@method(Prediction)
+@property
+def flow(self) -> Tensor:
+    "The velocity of the flow, alpha' x0 + sigma' eps."
+    if self.predicts == "flow":
+        return self.out
+    da, ds = self._coef("dalpha"), self._coef("dsigma")
+    return da * self.x0 + ds * self.eps
+
+
+@method(Prediction)
+@property
+def score(self) -> Tensor:
+    "The gradient of the log density, -eps / sigma."
+    if self.predicts == "score":
+        return self.out
+    return self._over(-self.eps, self._coef("sigma"), "score")

@@ -7,7 +7,9 @@ __all__ = ['declare', 'check', 'device', 'home', 'atomic_write', 'save_tensors',
            'module_sources']
 
 # %% ../nbs/19_runs.ipynb #8aa0f251
-import ast, functools, hashlib, importlib.util, inspect, json, os, textwrap
+import ast, functools, hashlib, importlib.util
+import inspect, json, os, textwrap
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../nbs/19_runs.ipynb #332f05f5
@@ -23,7 +25,7 @@ def _public(
 def declare(
     ns: dict,  # `globals()`, in the last line of the parameters cell
 ):
-    "Remember every name and value that stands in `ns` now; `check` compares."
+    "Remember the names and values in `ns`, for `check` to compare."
     ns["_declared"] = _public(ns)
 
 # %% ../nbs/19_runs.ipynb #cbdffe25
@@ -37,9 +39,8 @@ def _fit_type(
         return new
     if isinstance(old, float) and type(new) is int:
         return float(new)
-    if isinstance(old, (list, tuple)) and isinstance(
-        new, (list, tuple)
-    ):
+    rows = (list, tuple)
+    if isinstance(old, rows) and isinstance(new, rows):
         return type(old)(new)
     raise TypeError(
         f"parameter {name} = {new!r} is {type(new).__name__}, "
@@ -68,67 +69,78 @@ def _fit_range(
             f"{'any' if high is None else high} is allowed"
         )
 
-# %% ../nbs/19_runs.ipynb #3e456647
-def check(
-    ns: dict,  # `globals()`, in the first line after the parameters cell
-    data: str = "no data set",  # what the page computes on, for the printed line
-    page: str = "",  # name of the notebook, for the printed command
-    **rules,  # name=(low, high) or name=[choices]
-):
-    """Refuse parameters that were not declared or do not fit, and say what runs.
-
-    Raises: NameError, TypeError or ValueError with the list of parameters.
-    """
+# %% ../nbs/19_runs.ipynb #ecbfe6e2
+def _parameters(
+    ns: dict,  # the namespace of a notebook
+) -> dict:  # names and defaults of its parameters
     if "_declared" not in ns:
         raise NameError(
             "no declare(ns=globals()) ran before check(globals())"
         )
-    old = ns["_declared"]
-    names = [k for k, v in old.items() if isinstance(v, _SIMPLE)]
-    names = [k for k in names if k not in ("In", "Out")]
+    names = {}
+    for k, v in ns["_declared"].items():
+        if isinstance(v, _SIMPLE) and k not in ("In", "Out"):
+            names[k] = v
+    return names
+
+
+def _fit(ns, names, rules, k, v):
+    "The value v of the name k, where it may stand there."
+    if k not in ns["_declared"]:
+        raise NameError(f"{k} is not a parameter")
+    if k not in names and v is not ns["_declared"][k]:
+        raise NameError(f"{k} is not a parameter, it is taken")
+    if k in names:
+        v = _fit_type(k, v, names[k])
+        if k in rules:
+            _fit_range(k, v, rules[k])
+    return v
+
+# %% ../nbs/19_runs.ipynb #3e456647
+def check(
+    ns: dict,  # `globals()`, in the line after the parameters cell
+    data: str = "no data set",  # what the page computes on, to print
+    page: str = "",  # name of the notebook, for the printed command
+    **rules,  # name=(low, high) or name=[choices]
+):
+    """Refuse parameters that do not fit, and say what runs.
+
+    Raises: NameError, TypeError or ValueError with the list of
+    parameters, also for a name that was not declared.
+    """
+    names = _parameters(ns)
     listing = "; the parameters are: " + ", ".join(
-        f"{k} = {old[k]!r}" for k in names
+        f"{k} = {v!r}" for k, v in names.items()
     )
     for k, v in _public(ns).items():
-        if k not in old:
-            raise NameError(f"{k} is not a parameter" + listing)
-        if v is not old[k] and k not in names:
-            raise NameError(
-                f"{k} is not a parameter, it is taken" + listing
-            )
-        if k in names:
-            try:
-                ns[k] = _fit_type(k, v, old[k])
-                if k in rules:
-                    _fit_range(k, ns[k], rules[k])
-            except (TypeError, ValueError) as e:
-                raise type(e)(str(e) + listing) from None
-    print(_headline(ns, names, old, data, page))
+        try:
+            ns[k] = _fit(ns, names, rules, k, v)
+        except (NameError, TypeError, ValueError) as e:
+            raise type(e)(str(e) + listing) from None
+    print(_headline(ns, names, data, page))
 
-# %% ../nbs/19_runs.ipynb #89239f62
-def _headline(ns, names, old, data, page):
-    "One line: what runs, on what, and how to run it at the size of the book."
-    import torch
-
-    dev = device()
-    where = {"cpu": f"CPU, {torch.get_num_threads()} threads"}.get(
-        dev.type
-    )
-    if where is None:
-        where = (
-            torch.cuda.get_device_name()
-            if dev.type == "cuda"
-            else str(dev)
-        )
+# %% ../nbs/19_runs.ipynb #80fce007
+def _headline(ns, names, data, page):
+    "What runs, on what, and how to run it at the size of the book."
     values = " ".join(f"{k}={ns[k]}" for k in names)
-    line = f"{data} · {values} · {where}"
-    if page and any(ns[k] != old[k] for k in names):
-        line += (
-            f" · as in the book: papermill nbs/{page}.ipynb out.ipynb"
-        )
+    line = f"{data} · {values} · {_describe_device()}"
+    if page and any(ns[k] != old for k, old in names.items()):
+        again = f"papermill nbs/{page}.ipynb out.ipynb"
+        line += f" · as in the book: {again}"
     return line
 
 
+def _describe_device():
+    import torch
+
+    dev = device()
+    if dev.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    if dev.type == "cuda":
+        return torch.cuda.get_device_name()
+    return str(dev)
+
+# %% ../nbs/19_runs.ipynb #a8544fd6
 def device():  # -> torch.device
     "The device that everything runs on unless told otherwise."
     import torch
@@ -145,19 +157,25 @@ def _package() -> Path:  # the folder of diffcourse's modules
     return Path(spec.origin).resolve().parent
 
 
+def _is_checkout(
+    folder: Path,  # a folder that may hold this project
+) -> bool:
+    ini = folder / "settings.ini"
+    return ini.is_file() and "lib_name = diffcourse" in ini.read_text()
+
+
 def home() -> Path:
-    "The folder of runs and downloads: DIFFCOURSE_HOME, the checkout's build folder, or the user's cache."
-    if os.environ.get("DIFFCOURSE_HOME"):
-        return (
-            Path(os.environ["DIFFCOURSE_HOME"]).expanduser().resolve()
-        )
+    """The folder of runs and downloads.
+
+    It is DIFFCOURSE_HOME, the checkout's build folder, or the user's
+    cache.
+    """
+    own = os.environ.get("DIFFCOURSE_HOME")
+    if own:
+        return Path(own).expanduser().resolve()
     for start in (Path.cwd(), _package()):
         for folder in (start, *start.parents):
-            ini = folder / "settings.ini"
-            if (
-                ini.is_file()
-                and "lib_name = diffcourse" in ini.read_text()
-            ):
+            if _is_checkout(folder):
                 return folder / "build" / "digits"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "diffcourse"
@@ -169,7 +187,8 @@ def atomic_write(
 ):
     """Write a file so that it is whole or not there.
 
-    Raises: OSError naming the file when the disk is full or read-only; what stood there before stays.
+    Raises: OSError naming the file when the disk is full or
+    read-only; what stood there before stays.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -181,17 +200,18 @@ def atomic_write(
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        raise OSError(
-            e.errno,
-            f"cannot write {path} ({e.strerror}); the old file, if any, is "
-            "untouched. Free some space there or set DIFFCOURSE_HOME to "
-            "another folder",
-        ) from e
+        raise OSError(e.errno, _not_written(path, e)) from e
     finally:
-        try:
+        with suppress(OSError):
             tmp.unlink(missing_ok=True)
-        except OSError:
-            pass
+
+# %% ../nbs/19_runs.ipynb #a16a480e
+def _not_written(path, error):
+    return (
+        f"cannot write {path} ({error.strerror}); the old file, if "
+        "any, is untouched. Free some space there or set "
+        "DIFFCOURSE_HOME to another folder"
+    )
 
 # %% ../nbs/19_runs.ipynb #59548260
 def save_tensors(
@@ -199,7 +219,7 @@ def save_tensors(
     tensors: dict,  # name -> tensor
     meta: dict,  # anything that JSON can hold; stored in the header
 ):
-    "Write tensors and their description as one safetensors file, atomically."
+    "Write tensors and their description as one file, atomically."
     from safetensors.torch import save
 
     flat = {
@@ -207,43 +227,52 @@ def save_tensors(
     }
     atomic_write(path, save(flat, metadata={"json": json.dumps(meta)}))
 
+# %% ../nbs/19_runs.ipynb #e3b83621
+def _refuse_pickle(
+    path: Path,  # a file that exists
+):
+    with open(path, "rb") as f:
+        start = f.read(2)
+    if start == b"PK" or start[:1] == b"\x80":
+        raise ValueError(
+            f"{path} is a pickle (torch.save), which can run code when "
+            "it is read: refused. Save the weights as safetensors "
+            "instead"
+        )
+
 # %% ../nbs/19_runs.ipynb #6d9cf64f
 def load_tensors(
     path,  # a file of `save_tensors`
 ) -> tuple[dict, dict]:  # tensors on the CPU, description
     """Read a safetensors file and its description.
 
-    Raises: FileNotFoundError; ValueError when the file is a pickle, truncated, or not ours.
+    Raises: FileNotFoundError; ValueError when the file is a pickle,
+    truncated, or not ours.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    with open(path, "rb") as f:
-        start = f.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
-        raise ValueError(
-            f"{path} is a pickle (torch.save), which can run code when it is "
-            "read: refused. Save the weights as safetensors instead"
-        )
+    _refuse_pickle(path)
     try:
         with safe_open(path, "pt") as f:
             meta = json.loads((f.metadata() or {}).get("json", "null"))
             return {k: f.get_tensor(k) for k in f.keys()}, meta
     except (SafetensorError, ValueError) as e:
         raise ValueError(
-            f"{path} is no whole safetensors file ({e}); delete it, and the "
-            "training that makes it starts again"
+            f"{path} is no whole safetensors file ({e}); delete it, "
+            "and the training that makes it starts again"
         ) from e
 
 # %% ../nbs/19_runs.ipynb #93a36955
 def rng(
     *key: int,  # non-negative integers: seed, purpose, step, …
 ):  # -> numpy.random.Generator
-    """A stream of random numbers of its own for every tuple of integers.
+    """A stream of random numbers for every tuple of integers.
 
-    Source: Philox, a counter-based generator (Salmon et al., 2011)."""
+    Source: Philox, a counter-based generator (Salmon et al., 2011).
+    """
     import numpy as np
 
     if any(int(k) != k or k < 0 for k in key):
@@ -253,66 +282,80 @@ def rng(
     state = np.random.SeedSequence(key).generate_state(2, np.uint64)
     return np.random.Generator(np.random.Philox(key=state))
 
-# %% ../nbs/19_runs.ipynb #67ecf8b6
+# %% ../nbs/19_runs.ipynb #63750ac0
 def describe(
     obj,  # settings, paths, losses, networks, tensors, functions
 ):  # -> what JSON can hold
-    """What an object is, as plain data: equal descriptions, equal behaviour.
+    """What an object is, as plain data: equal data, equal behaviour.
 
-    Raises: TypeError for an object that cannot be described."""
+    Raises: TypeError for an object that cannot be described.
+    """
     if obj is None or isinstance(obj, (bool, int, float, str)):
         return obj
     if isinstance(obj, (list, tuple)):
         return [describe(o) for o in obj]
     if isinstance(obj, dict):
         return {str(k): describe(obj[k]) for k in sorted(obj, key=str)}
-    if hasattr(obj, "detach") and hasattr(obj, "numpy"):  # a tensor
-        raw = obj.detach().cpu().contiguous().numpy().tobytes()
-        return [
-            str(obj.dtype),
-            list(obj.shape),
-            hashlib.sha256(raw).hexdigest(),
-        ]
     if isinstance(obj, functools.partial):
-        return [
-            describe(obj.func),
-            describe(obj.args),
-            describe(obj.keywords),
-        ]
+        return [describe(o) for o in (obj.func, obj.args, obj.keywords)]
+    if hasattr(obj, "detach") and hasattr(obj, "numpy"):
+        return _describe_tensor(obj)
     if inspect.isfunction(obj):
-        free = inspect.getclosurevars(obj).nonlocals
-        free = {
-            k: v for k, v in free.items() if v is not obj
-        }  # recursion
-        return [_name(obj), _source(obj), describe(free)]
-    if hasattr(obj, "config"):
-        return [_name(type(obj)), describe(obj.config())]
-    if hasattr(obj, "__dict__"):
-        kind = type(obj)
-        own = (
-            []
-            if kind.__module__.startswith("diffcourse.")
-            else [_source(kind)]
-        )
-        return [_name(kind), describe(vars(obj)), *own]
-    raise TypeError(
-        f"cannot describe {obj!r}: give its class a config() method"
-    )
+        return _describe_function(obj)
+    return _describe_instance(obj)
 
-# %% ../nbs/19_runs.ipynb #fc288fa1
+# %% ../nbs/19_runs.ipynb #abba5134
+def _describe_tensor(x):
+    raw = x.detach().cpu().contiguous().numpy().tobytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    return [str(x.dtype), list(x.shape), digest]
+
+
+def _describe_function(f):
+    free = inspect.getclosurevars(f).nonlocals
+    free = {k: v for k, v in free.items() if v is not f}
+    return [_name(f), _source(f), describe(free)]
+
+# %% ../nbs/19_runs.ipynb #ef047a23
+def _describe_instance(obj):
+    kind = type(obj)
+    if hasattr(obj, "config"):
+        return [_name(kind), describe(obj.config())]
+    if not hasattr(obj, "__dict__"):
+        raise TypeError(
+            f"cannot describe {obj!r}: give its class a config() method"
+        )
+    ours = kind.__module__.startswith("diffcourse.")
+    code = [] if ours else [_source(kind)]
+    return [_name(kind), describe(vars(obj)), *code]
+
+
 def _name(
     obj,  # a class or a function
 ) -> str:
     return f"{obj.__module__}:{obj.__qualname__}"
 
+# %% ../nbs/19_runs.ipynb #b3572569
+def _code_hash(
+    source: str,  # Python source
+) -> str:  # does not depend on comments, blank lines, docstrings
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr):
+            if isinstance(getattr(first.value, "value", None), str):
+                body[0] = ast.Pass()
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
+# %% ../nbs/19_runs.ipynb #776bdf06
 def _source(
     obj,  # a class or a function
-) -> str:  # hash of its code without comments and docstrings
+) -> str:  # hash of its code, or the compiled code
     try:
-        if obj.__name__ != "<lambda>":  # two of them may share a line
+        if obj.__name__ != "<lambda>":
             return _code_hash(textwrap.dedent(inspect.getsource(obj)))
-    except (OSError, SyntaxError):  # no source, as in `python -c`
+    except (OSError, SyntaxError):
         pass
     code = getattr(obj, "__code__", None)
     if code is None:
@@ -320,55 +363,37 @@ def _source(
     plain = [c for c in code.co_consts if not hasattr(c, "co_code")]
     return repr((code.co_code, code.co_names, plain))
 
-
-def _code_hash(
-    source: str,  # Python source
-) -> (
-    str
-):  # hash that comments, blank lines and docstrings do not change
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-        ):
-            if isinstance(getattr(body[0].value, "value", None), str):
-                body[0] = ast.Pass()
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-# %% ../nbs/19_runs.ipynb #08e2d538
+# %% ../nbs/19_runs.ipynb #c7170a9a
 def fingerprint(
     obj,  # anything that `describe` takes
 ) -> str:  # 12 hexadecimal digits
-    "A short name for an object: equal when, and only when, the descriptions are."
+    "A short name for an object: equal where the descriptions are."
     text = json.dumps(describe(obj), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
+# %% ../nbs/19_runs.ipynb #6b20cd6e
 def module_sources(
     *names: str,  # modules of diffcourse, such as "unet"
-) -> (
-    dict
-):  # module -> hash of its code, with all that they import of diffcourse
-    "The code that a run depends on. Comments, blank lines and docstrings do not count."
+) -> dict:  # module -> hash of its code, imported modules included
+    """The code that a run depends on.
+
+    Comments, blank lines and docstrings do not count.
+    """
     found, todo = {}, list(names)
     while todo:
         name = todo.pop()
-        if name in found:
-            continue
-        source = (_package() / f"{name}.py").read_text()
-        found[name] = _code_hash(source)
-        for node in ast.walk(ast.parse(source)):
-            if (
-                isinstance(node, ast.ImportFrom)
-                and node.level == 1
-                and node.module
-            ):
-                todo.append(node.module)
-            elif isinstance(node, ast.ImportFrom):
-                head, _, tail = (node.module or "").partition(".")
-                if head == "diffcourse" and tail:
-                    todo.append(tail)
+        if name not in found:
+            source = (_package() / f"{name}.py").read_text()
+            found[name] = _code_hash(source)
+            todo.extend(_imported(ast.parse(source)))
     return dict(sorted(found.items()))
+
+
+def _imported(tree):  # modules of diffcourse that the code imports
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            head, _, tail = (node.module or "").partition(".")
+            if node.level == 1 and node.module:
+                yield node.module
+            elif head == "diffcourse" and tail:
+                yield tail

@@ -18,74 +18,67 @@ from torch import nn
 
 from . import runs
 
+# %% ../nbs/15_training.ipynb #75c91816
+def _number(v):  # neither a text nor nan
+    return isinstance(v, (int, float)) and v == v
+
+
+def _whole(v):  # neither 64.0 nor True
+    return type(v) is int
+
+
+_RULES = (  # settings, what is needed, the test
+    ("steps batch accumulate log_every", "a whole number >= 1",
+     lambda v: _whole(v) and v >= 1),
+    ("warmup seed", "a whole number >= 0",
+     lambda v: _whole(v) and v >= 0),
+    ("lr clip", "a number > 0", lambda v: _number(v) and v > 0),
+    ("weight_decay", "a number >= 0", lambda v: _number(v) and v >= 0),
+    ("decay ema", "a number from 0 to 1",
+     lambda v: _number(v) and 0 <= v <= 1),
+    ("betas", "a pair of numbers, at least 0 and below 1",
+     lambda v: isinstance(v, (tuple, list)) and len(v) == 2
+     and all(_number(b) and 0 <= b < 1 for b in v)),
+    ("precision", "'auto', 'fp32' or 'bf16'",
+     ("auto", "fp32", "bf16").__contains__),
+)
+
 # %% ../nbs/15_training.ipynb #0fb88c80
 @dataclass(frozen=True)
 class Settings:
-    "How to train. Raises: ValueError naming the setting that is out of range."
+    """How to train.
+
+    Raises: ValueError naming the setting that is out of range."""
 
     steps: int  # iterations: updates of the weights
     batch: int = 64  # samples an iteration, over all micro-batches
     lr: float = 2e-3  # largest learning rate; 2e-4 for large networks
     warmup: int = 50  # iterations over which it rises from zero
-    decay: float = (
-        0.5  # last share of the training, over which it falls to zero
-    )
-    betas: tuple = (
-        0.9,
-        0.99,
-    )  # AdamW's memories; 0.99 forgets faster than 0.999
-    weight_decay: float = 0.01
+    decay: float = 0.5  # last share of the training: it falls to zero
+    betas: tuple = (0.9, 0.99)  # AdamW's; .99 forgets faster than .999
+    weight_decay: float = 0.01  # AdamW's pull of the weights to zero
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.998  # memory of the averaged weights
     seed: int = 0  # of everything random
-    precision: str = (
-        "auto"  # "fp32", "bf16", or "auto": bf16 where fast
-    )
-    accumulate: int = (
-        1  # micro-batches an iteration, when memory is short
-    )
+    precision: str = "auto"  # "fp32", "bf16"; auto: bf16 where fast
+    accumulate: int = 1  # micro-batches an iteration, to save memory
     log_every: int = 50  # iterations a line of the log
 
     def __post_init__(self):
-        s = dataclasses.asdict(self)
-        rules = {
-            "a whole number >= 1": (
-                "steps",
-                "batch",
-                "accumulate",
-                "log_every",
-            ),
-            "a number > 0": ("lr", "clip"),
-            "between 0 and 1": ("decay", "ema"),
-            "a whole number >= 0": ("seed", "warmup"),
-        }
-        ok = {
-            "a whole number >= 1": lambda v: v == int(v) and v >= 1,
-            "a number > 0": lambda v: v > 0,
-            "between 0 and 1": lambda v: 0 <= v <= 1,
-            "a whole number >= 0": lambda v: v == int(v) and v >= 0,
-        }
-        for rule, names in rules.items():
-            for k in names:
-                if not ok[rule](s[k]):
-                    raise ValueError(
-                        f"{k} = {s[k]!r}: {rule} is needed"
-                    )
+        for names, need, test in _RULES:
+            for k in names.split():
+                if not test(v := getattr(self, k)):
+                    raise ValueError(f"{k} = {v!r}: {need} is needed")
         if self.batch % self.accumulate:
-            raise ValueError(
-                f"accumulate = {self.accumulate} must divide {self.batch}"
-            )
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(
-                f"precision={self.precision!r}: auto, fp32 or bf16"
-            )
+            raise ValueError(f"accumulate = {self.accumulate} must "
+                             f"divide batch = {self.batch}")
 
 # %% ../nbs/15_training.ipynb #d1101597
 def learning_rate(
     step: int,  # iteration, from 0
     s: Settings,
 ) -> float:
-    "Up from zero over `warmup` iterations, down to zero over the last share `decay`."
+    "Up over `warmup` iterations, down over the last share `decay`."
     up = (step + 1) / s.warmup if s.warmup else 1.0
     fall = s.decay * s.steps
     down = (s.steps - step) / fall if fall else 1.0
@@ -93,7 +86,7 @@ def learning_rate(
 
 # %% ../nbs/15_training.ipynb #8bb2ed14
 class EMA:
-    "A copy of a network that follows it; `share` is what remains of its start."
+    "A slow copy of a network; `share` is what is left of its start."
 
     def __init__(
         self,
@@ -111,9 +104,8 @@ class EMA:
     ):
         d = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():  # all tensors in one call
-            torch._foreach_lerp_(
-                self._own, list(net.parameters()), 1 - d
-            )
+            new = list(net.parameters())
+            torch._foreach_lerp_(self._own, new, 1 - d)
             for a, b in zip(self.net.buffers(), net.buffers()):
                 a.copy_(b)
         self.share *= d
@@ -123,15 +115,11 @@ ORDER, TIMES, NOISE, FLIPS, DROPOUT, OTHER = range(6)  # purposes
 
 
 class Draws:
-    "What is random in one iteration, for the rows lo to hi of its batch."
+    "What is random in one iteration, for rows lo to hi of its batch."
 
     def __init__(self, seed, step, batch, lo, hi, like):
-        self._key, self._batch, self._rows = (
-            (seed, step),
-            batch,
-            slice(lo, hi),
-        )
-        self._like, self._calls = like, 0
+        self._key, self._batch = (seed, step), batch
+        self._rows, self._like, self._calls = slice(lo, hi), like, 0
 
     def _draw(self, purpose, method, shape):
         self._calls += 1  # a second call draws anew
@@ -142,16 +130,11 @@ class Draws:
     def t(self) -> torch.Tensor:  # (B,) uniform in [0, 1)
         return self._draw(TIMES, "random", ())
 
-    def noise(
-        self,
-    ) -> torch.Tensor:  # (B, …) standard normal, like the data
-        return self._draw(
-            NOISE, "standard_normal", self._like.shape[1:]
-        )
+    def noise(self) -> torch.Tensor:  # (B, …) normal, like the data
+        shape = self._like.shape[1:]
+        return self._draw(NOISE, "standard_normal", shape)
 
-    def uniform(
-        self, *shape: int
-    ) -> torch.Tensor:  # (B, *shape) in [0, 1)
+    def uniform(self, *shape: int):  # (B, *shape) in [0, 1)
         return self._draw(OTHER, "random", shape)
 
 # %% ../nbs/15_training.ipynb #38c1a08e
@@ -174,7 +157,7 @@ def batch_indices(
         out[here] = _permutation(seed, int(epoch), n)[at[here] % n]
     return out
 
-# %% ../nbs/15_training.ipynb #93f4d6e2
+# %% ../nbs/15_training.ipynb #503ca2b1
 class _Rows:  # a plain tensor as a data set
     flip, streamed, name = False, False, "tensor"
 
@@ -187,110 +170,98 @@ class _Rows:  # a plain tensor as a data set
     def batch(self, indices):
         return self.x[torch.as_tensor(indices)]
 
+# %% ../nbs/15_training.ipynb #2df01f94
+def _stack(rows):  # has a name: a spawned worker must find it
+    rows = [r[0] if isinstance(r, (tuple, list)) else r for r in rows]
+    return torch.stack(rows)
 
-def _batches(
-    data, s, start, workers
-):  # yields (B, …) from iteration `start` on
+
+def _ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _batches(data, s, start, workers):  # -> (B, …) from `start` on
     plan = (
         batch_indices(s.seed, k, s.batch, len(data))
         for k in range(start, s.steps)
     )
-    if data.streamed:
-        loader = torch.utils.data.DataLoader(
-            data,
-            batch_sampler=[i.tolist() for i in plan],
-            num_workers=workers,
-            collate_fn=lambda rows: torch.stack(
-                [
-                    r[0] if isinstance(r, (tuple, list)) else r
-                    for r in rows
-                ]
-            ),
-        )
-        yield from loader
-    else:
-        for indices in plan:
-            yield data.batch(indices)
+    if not data.streamed:
+        yield from map(data.batch, plan)
+        return
+    yield from torch.utils.data.DataLoader(
+        data,
+        batch_sampler=(i.tolist() for i in plan),
+        num_workers=workers,
+        collate_fn=_stack,
+        worker_init_fn=_ignore_interrupts,
+    )
 
-
-def _flip(
-    x, s, step, lo
-):  # each image mirrored with probability one half
+# %% ../nbs/15_training.ipynb #ad74cc25
+def _flip(x, s, step, lo):  # each mirrored with probability one half
     r = runs.rng(s.seed, FLIPS, step).random(s.batch)[lo : lo + len(x)]
     mask = torch.from_numpy(r < 0.5).to(x.device).reshape(-1, 1, 1, 1)
     return torch.where(mask, x.flip(-1), x)
 
 # %% ../nbs/15_training.ipynb #851fc82b
-def fast_bf16(
-    device: torch.device,
-) -> bool:  # does the hardware compute in bfloat16?
-    "Ask the device; emulation counts as no."
+def fast_bf16(device: torch.device) -> bool:
+    "Does the hardware compute in bfloat16? Emulation counts as no."
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(
-            getattr(torch.cpu, n, lambda: False)() for n in names
-        )
+        asks = [getattr(torch.cpu, n, lambda: False) for n in names]
+        return any(ask() for ask in asks)
     return False
 
-# %% ../nbs/15_training.ipynb #29bb78fe
-class _State:
-    "What must survive a kill, and its file."
-
+# %% ../nbs/15_training.ipynb #4277b73a
+class _State:  # a training at one moment: what must survive a kill
     def __init__(self, net, s, folder):
-        self.net, self.ema, self.folder = net, EMA(net, s.ema), folder
+        self.net, self.ema, self.s = net, EMA(net, s.ema), s
+        self.folder, self.file = folder, folder / "state.safetensors"
         self.opt = torch.optim.AdamW(
-            net.parameters(),
-            s.lr,
-            s.betas,
-            weight_decay=s.weight_decay,
-            foreach=True,
+            net.parameters(), s.lr, s.betas,
+            weight_decay=s.weight_decay, foreach=True,
         )
-        self.step, self.seconds, self.total, self.count = 0, 0.0, 0.0, 0
+        self.opt.zero_grad()  # what others left there
+        self.start = copy.deepcopy(net.state_dict())
+        self.step, self.seconds = 0, 0.0  # iterations done, their time
+        self.total, self.count = 0.0, 0  # losses since the last line
+        self.norm = self.norms = 0.0  # of the gradient: last and sum
 
-    def save(self):
-        tensors = {
-            f"net.{k}": v for k, v in self.net.state_dict().items()
-        }
-        tensors |= {
-            f"ema.{k}": v for k, v in self.ema.net.state_dict().items()
-        }
-        for i, moments in self.opt.state_dict()["state"].items():
-            tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
-        names = ("step", "seconds", "total", "count")
-        meta = {k: float(getattr(self, k)) for k in names}
-        meta["share"] = self.ema.share
-        runs.save_tensors(
-            self.folder / "state.safetensors", tensors, meta
-        )
+# %% ../nbs/15_training.ipynb #5beaaa3b
+def _save_state(state):
+    parts = {"net": state.net.state_dict(),
+             "ema": state.ema.net.state_dict()}
+    for i, moments in state.opt.state_dict()["state"].items():
+        parts[f"opt.{i}"] = moments
+    tensors = {f"{part}.{k}": v for part, values in parts.items()
+               for k, v in values.items()}
+    names = ("step", "seconds", "total", "count")
+    meta = {k: float(getattr(state, k)) for k in names}
+    meta["share"] = state.ema.share
+    runs.save_tensors(state.file, tensors, meta)
 
-    def restore(self):
-        tensors, meta = runs.load_tensors(
-            self.folder / "state.safetensors"
-        )
-        part = functools.partial(_part, tensors)
-        self.net.load_state_dict(part("net."))
-        self.ema.net.load_state_dict(part("ema."))
-        moments = {}
-        for k, v in part("opt.").items():
-            i, name = k.split(".", 1)
-            moments.setdefault(int(i), {})[name] = v
-        full = self.opt.state_dict()
-        self.opt.load_state_dict({**full, "state": moments})
-        self.step, self.count = int(meta["step"]), int(meta["count"])
-        self.seconds, self.total = meta["seconds"], meta["total"]
-        self.ema.share = meta["share"]
-
-
+# %% ../nbs/15_training.ipynb #6f7bb918
 def _part(tensors, prefix):  # the tensors of one prefix, without it
-    return {
-        k[len(prefix) :]: v
-        for k, v in tensors.items()
-        if k.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in tensors.items()
+            if k.startswith(prefix)}
 
-# %% ../nbs/15_training.ipynb #34f98c8b
+
+def _restore_state(state):
+    tensors, meta = runs.load_tensors(state.file)
+    state.net.load_state_dict(_part(tensors, "net."))
+    state.ema.net.load_state_dict(_part(tensors, "ema."))
+    moments = {}
+    for k, v in _part(tensors, "opt.").items():
+        i, name = k.split(".", 1)
+        moments.setdefault(int(i), {})[name] = v
+    full = state.opt.state_dict()
+    state.opt.load_state_dict({**full, "state": moments})
+    state.step, state.count = int(meta["step"]), int(meta["count"])
+    state.seconds, state.total = meta["seconds"], meta["total"]
+    state.ema.share = meta["share"]
+
+# %% ../nbs/15_training.ipynb #8329395d
 class _Method(nn.Module):  # network and loss as one module
     def __init__(self, net, loss):
         super().__init__()
@@ -300,46 +271,53 @@ class _Method(nn.Module):  # network and loss as one module
         out = self.loss(self.net, x0, draw)
         if out.shape != x0.shape[:1]:
             raise ValueError(
-                f"the loss returned shape {tuple(out.shape)} for {len(x0)} "
-                "samples: one number a sample is needed, (B,)"
+                f"the loss returned shape {tuple(out.shape)} for "
+                f"{len(x0)} samples: one number a sample is needed, "
+                f"({len(x0)},)"
             )
         return out.mean()
 
-
-def _iterate(
-    method, state, x, data, s, acc
-):  # -> mean loss, norm of the gradient
-    step, size = state.step, s.batch // s.accumulate
-    rate, total = learning_rate(step, s), 0.0
-    for group in state.opt.param_groups:
-        group["lr"] = rate
-    cast = torch.autocast(
-        acc.device.type, torch.bfloat16, s.precision == "bf16"
-    )
+# %% ../nbs/15_training.ipynb #3246a404
+def _gradient(method, x, flip, s, step, acc):  # -> mean loss
+    size, total = s.batch // s.accumulate, 0.0
+    half = s.precision == "bf16"
+    cast = torch.autocast(acc.device.type, torch.bfloat16, half)
+    acc.gradient_accumulation_steps, acc.step = s.accumulate, 0
     for lo in range(0, s.batch, size):
         part = x[lo : lo + size].to(acc.device)
-        part = _flip(part, s, step, lo) if data.flip else part
+        part = _flip(part, s, step, lo) if flip else part
+        draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
         key = runs.rng(s.seed, DROPOUT, step, lo)
-        torch.manual_seed(
-            int(key.integers(2**32))
-        )  # dropout's only source
+        torch.manual_seed(int(key.integers(2**32)))  # for dropout
         with acc.accumulate(method), cast:
-            draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
             value = method(part, draw)
             acc.backward(value)
-            total += value.detach() / s.accumulate
-    norm = nn.utils.clip_grad_norm_(state.net.parameters(), s.clip)
+        total = total + value.detach().float() / s.accumulate
+    return total
+
+# %% ../nbs/15_training.ipynb #8fcb0751
+def _iterate(method, state, x, flip, acc):  # -> loss
+    s, rate = state.s, learning_rate(state.step, state.s)
+    for group in state.opt.param_groups:
+        group["lr"] = rate
+    loss = _gradient(method, x, flip, s, state.step, acc)
+    state.norm = nn.utils.clip_grad_norm_(
+        state.net.parameters(), s.clip)
     state.opt.step()
     state.opt.zero_grad()
-    state.ema.update(state.net, step)
-    return total, norm
+    state.ema.update(state.net, state.step)
+    state.total, state.count = state.total + loss, state.count + 1
+    state.norms = state.norms + state.norm  # keeps any nan
+    state.step += 1
+    return loss
 
 # %% ../nbs/15_training.ipynb #c421a4e8
 @contextlib.contextmanager
 def _interruptible():
     "Turn the first Ctrl-C into a flag; the second works as usual."
-    asked = []
-    if threading.current_thread() is not threading.main_thread():
+    asked, before = [], signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before in (None, signal.SIG_IGN):  # none comes here
         yield asked
         return
 
@@ -347,160 +325,163 @@ def _interruptible():
         asked.append(number)
         signal.signal(number, before)
 
-    before = signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, handler)
     try:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/15_training.ipynb #47e7882e
+def _must_be_finite(state):
+    s, sums = state.s, (float(state.total), float(state.norms))
+    if all(map(math.isfinite, sums)):
+        return
+    kept = "none was saved"
+    if state.file.exists():
+        kept = f"the last good state is {state.file}"
+    raise FloatingPointError(
+        f"the loss is not a number at iteration {state.step}; {kept}. "
+        f"Lower lr (now {s.lr}), clip more (now {s.clip}) or try "
+        "precision='fp32'"
+    )
 
-def _must_be_finite(state, norm, s):
-    if not (
-        math.isfinite(float(state.total)) and math.isfinite(float(norm))
-    ):
-        file = state.folder / "state.safetensors"
-        kept = (
-            f"the last good state is {file}"
-            if file.exists()
-            else "none was saved"
-        )
-        raise FloatingPointError(
-            f"the loss is not a number at iteration {state.step}; {kept}. "
-            f"Lower lr (now {s.lr}), clip more (now {s.clip}) or try "
-            "precision='fp32'"
-        )
-
-# %% ../nbs/15_training.ipynb #7c846806
+# %% ../nbs/15_training.ipynb #5f027cb3
 class _Progress:
-    "One line that is rewritten: in a notebook, in a terminal, not in a file."
-
     def __init__(self, name, steps):
-        self.name, self.steps, self.last, self.handle = (
-            name,
-            steps,
-            0.0,
-            None,
-        )
-        self.begin, self.first, self.bar = (
-            time.perf_counter(),
-            None,
-            None,
-        )
+        self.name, self.steps, self.shown = name, steps, -math.inf
+        self.bar = self.handle = self.first = None
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         self.kernel = getattr(shell, "kernel", None) is not None
-        if not self.kernel:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=steps, desc=name, disable=None, leave=False
-            )
 
     def __call__(self, step, loss, rate):
-        self.first = step if self.first is None else self.first
         now = time.perf_counter()
-        if now - self.last < 0.5:
-            return
-        self.last = now
-        speed = (step - self.first) / max(now - self.begin, 1e-9)
-        left = (self.steps - step) / speed if speed else 0
-        text = f"loss {float(loss):.4f} · lr {rate:.1e}"
+        if self.first is None:
+            self.first, self.bar = (step, now), _new_bar(self, step)
+        if now - self.shown >= 0.5:
+            self.shown = now
+            text = f"loss {float(loss):.4f} · lr {rate:.1e}"
+            _rewrite(self, step, now, text)
+
+    def close(self):
         if self.bar is not None:
-            self.bar.n = step
-            self.bar.set_postfix_str(text)
-        else:
-            line = f"{step}/{self.steps} · {text} · {speed:.1f} it/s · {left:.0f} s left"
-            self.show(line)
+            self.bar.close()
 
-    def show(self, line):
-        if not self.kernel:
-            return print(f"{self.name}: {line}")
-        from IPython.display import display
+# %% ../nbs/15_training.ipynb #eef811f7
+def _new_bar(progress, step):  # tqdm's; none in a notebook
+    if progress.kernel:
+        return None
+    from tqdm import tqdm
 
-        data = {"text/plain": f"{self.name}: {line}"}
-        if self.handle is None:
-            self.handle = display(data, raw=True, display_id=True)
-        else:
-            self.handle.update(data, raw=True)
+    return tqdm(total=progress.steps, initial=step, leave=False,
+                desc=progress.name, disable=None)
 
-# %% ../nbs/15_training.ipynb #33069a8a
-def _read_log(folder, upto):
-    file = folder / "log.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    log = []
-    for line in lines:
+
+def _rewrite(progress, step, now, text):
+    if progress.bar is not None:
+        progress.bar.n = step
+        progress.bar.set_postfix_str(text)
+        return
+    first, begin = progress.first
+    line = f"{step}/{progress.steps} · {text}"
+    if step > first:
+        speed = (step - first) / (now - begin)
+        left = (progress.steps - step) / speed
+        line += f" · {speed:.1f} it/s · {left:.0f} s left"
+    _say(progress, line)
+
+# %% ../nbs/15_training.ipynb #1d8b15f6
+def _say(progress, line):  # in a notebook in place of the last line
+    text = f"{progress.name}: {line}"
+    if not progress.kernel:
+        return print(text)
+    from IPython.display import display
+
+    data = {"text/plain": text}
+    if progress.handle is None:
+        progress.handle = display(data, raw=True, display_id=True)
+    else:
+        progress.handle.update(data, raw=True)
+
+# %% ../nbs/15_training.ipynb #85f65c92
+def _read_log(state):  # its lines up to where the state stands
+    file, log = state.folder / "log.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:  # cut by a kill
             break
-        if entry["step"] <= upto:
+        if entry["step"] <= state.step:
             log.append(entry)
-    runs.atomic_write(file, "".join(json.dumps(e) + "\n" for e in log))
     return log
 
+# %% ../nbs/15_training.ipynb #0b4322a5
+def _trim_log(state):
+    lines = (json.dumps(e) + "\n" for e in _read_log(state))
+    runs.atomic_write(state.folder / "log.jsonl", "".join(lines))
 
-def _write_log(state, s, norm, log):
+
+def _write_log(state):
     entry = {
         "step": state.step,
         "loss": float(state.total) / state.count,
-        "lr": learning_rate(state.step - 1, s),
-        "grad_norm": float(norm),
+        "lr": learning_rate(state.step - 1, state.s),
+        "grad_norm": float(state.norm),
         "seconds": round(state.seconds, 3),
     }
-    log.append(entry)
     with open(state.folder / "log.jsonl", "a") as f:
         f.write(json.dumps(entry) + "\n")
     state.total, state.count = 0.0, 0
 
-# %% ../nbs/15_training.ipynb #aeb47224
+# %% ../nbs/15_training.ipynb #b94d2880
+@contextlib.contextmanager
+def _careful(state, progress):  # -> list, not empty after Ctrl-C
+    with torch.random.fork_rng(), contextlib.closing(progress):
+        with _interruptible() as asked:
+            try:
+                yield asked
+            except BaseException:
+                state.net.load_state_dict(state.start)
+                raise
+
+# %% ../nbs/15_training.ipynb #992ae376
 def _train(
-    method, state, data, s, acc, progress, save_every, watch, workers
+    loss, state, data, acc, progress, watch, save_every, workers
 ):
-    "Iterate to the end, logging, saving and watching; -> the log."
-    log, bad = _read_log(state.folder, state.step), None
+    s, method = state.s, acc.prepare(_Method(state.net.train(), loss))
     last = saved = time.perf_counter()
-    with _interruptible() as asked:
+    with _careful(state, progress) as asked:
         for x in _batches(data, s, state.step, workers):
-            loss, norm = _iterate(method, state, x, data, s, acc)
-            state.total, state.count = (
-                state.total + loss,
-                state.count + 1,
-            )
-            bad = norm if bad is None else bad + norm  # keeps any nan
-            state.step += 1
-            progress(state.step, loss, learning_rate(state.step - 1, s))
-            now = time.perf_counter()
+            value = _iterate(method, state, x, data.flip, acc)
+            rate = learning_rate(state.step - 1, s)
+            progress(state.step, value, rate)
+            now, done = time.perf_counter(), state.step == s.steps
             state.seconds, last = state.seconds + now - last, now
-            if state.step % s.log_every == 0 or state.step == s.steps:
-                _must_be_finite(state, bad, s)
-                _write_log(state, s, norm, log)
-            watch(state)
+            if done or state.step % s.log_every == 0:
+                _must_be_finite(state)
+                _write_log(state)
+            watch()
             stop = bool(asked)  # looked at once: what stops is saved
-            if (
-                stop
-                or state.step == s.steps
-                or now - saved >= save_every
-            ):
-                _must_be_finite(state, bad, s)
-                state.save()
+            if stop or done or now - saved >= save_every:
+                _must_be_finite(state)
+                _save_state(state)
                 saved = time.perf_counter()
-            if stop and state.step < s.steps:
+            if stop and not done:
                 raise KeyboardInterrupt(
-                    f"stopped after iteration {state.step}, which is saved; "
-                    "run the cell again to go on"
+                    f"stopped after iteration {state.step}, which is "
+                    "saved; run the cell again to go on"
                 )
-    return log
+    _publish(state, loss)
 
 # %% ../nbs/15_training.ipynb #467ff14c
 def run_identity(
     loss, net, data, s: Settings
 ) -> tuple[str, dict]:  # name, description
-    "The name of a training: equal when everything that shapes its result is."
+    "The name of a training: equal when all that shapes its result is."
     modules = {"training", "runs"}
     for kind in (type(loss), type(net), loss):
-        head, _, tail = (
-            getattr(kind, "__module__", "") or ""
-        ).partition(".")
+        module = getattr(kind, "__module__", "") or ""
+        head, _, tail = module.partition(".")
         if head == "diffcourse" and tail:
             modules.add(tail)
     config = net.config() if hasattr(net, "config") else repr(net)
@@ -509,16 +490,99 @@ def run_identity(
         "net": {"class": type(net).__name__, "config": config},
         "start": runs.fingerprint(dict(net.state_dict())),
         "data": {
-            "name": data.name,
-            "hash": data.hash,
-            "flip": data.flip,
+            "name": data.name, "hash": data.hash, "flip": data.flip
         },
         "settings": dataclasses.asdict(s),
         "code": runs.module_sources(*sorted(modules)),
     }
     return runs.fingerprint(what), what
 
-# %% ../nbs/15_training.ipynb #af59f776
+# %% ../nbs/15_training.ipynb #620c0f82
+def _prepare(steps, settings, data, acc):  # -> all three, resolved
+    from accelerate import Accelerator
+
+    s = Settings(steps=steps, **settings)
+    if isinstance(data, torch.Tensor):
+        data = _Rows(data)
+    if len(data) == 0:
+        raise ValueError(f"the data set {data.name} is empty")
+    acc = acc or Accelerator()  # shares the state of one that exists
+    if s.precision == "auto":
+        name = "bf16" if fast_bf16(acc.device) else "fp32"
+        s = dataclasses.replace(s, precision=name)
+    return s, data, acc
+
+# %% ../nbs/15_training.ipynb #eef230ed
+def _open(run, loss, net, data, s, acc, fresh):  # -> state at 0
+    identity, what = run_identity(loss, net, data, s)
+    folder = runs.home() / "runs" / run / identity
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)
+    state = _State(net.to(acc.device), s, folder)
+    state.what = {"run": run, "identity": identity, **what}
+    return state
+
+# %% ../nbs/15_training.ipynb #254d10b8
+def _resume(state, progress):  # -> status
+    status = "trained"
+    if state.file.exists():
+        _restore_state(state)
+        status = "resumed"
+        if state.step >= state.s.steps:
+            if (state.folder / "model.safetensors").exists():
+                return "reused"
+        steps = f"{state.step} of {state.s.steps}"
+        _say(progress, f"going on from iteration {steps}")
+    about = json.dumps(state.what, indent=1)
+    runs.atomic_write(state.folder / "run.json", about)
+    _trim_log(state)
+    return status
+
+# %% ../nbs/15_training.ipynb #de2052c7
+def _watch(state, every, callback):
+    if callback is None or not every or state.step % every:
+        return
+    kept = callback(state.step, state.ema.net)
+    if kept is not None:
+        file = state.folder / f"snapshot-{state.step:07d}.safetensors"
+        runs.save_tensors(file, {"x": kept}, {"step": state.step})
+
+
+def _snapshots(state):  # step -> tensor
+    kept = {}
+    for file in sorted(state.folder.glob("snapshot-*.safetensors")):
+        tensors, meta = runs.load_tensors(file)
+        kept[meta["step"]] = tensors["x"]
+    return kept
+
+# %% ../nbs/15_training.ipynb #fd310851
+def _publish(state, loss):
+    what, path = state.what, getattr(loss, "path", None)
+    meta = {
+        "run": what["run"],
+        "identity": what["identity"],
+        "net": what["net"],
+        "path": path.config() if path is not None else None,
+        "predicts": getattr(loss, "predicts", None),
+        "steps": state.s.steps,
+        "seconds": round(state.seconds, 1),
+        "share_of_start": state.ema.share,
+        "torch": torch.__version__,
+    }
+    tensors = state.ema.net.state_dict()
+    runs.save_tensors(state.folder / "model.safetensors", tensors, meta)
+
+# %% ../nbs/15_training.ipynb #6bab1126
+def _point_to(state):
+    latest = {"identity": state.folder.name, "steps": state.s.steps}
+    file, text = state.folder.parent / "latest.json", json.dumps(latest)
+    if not file.exists() or file.read_text() != text:
+        runs.atomic_write(file, text)
+
+# %% ../nbs/15_training.ipynb #161ba13e
 @dataclass
 class Fit:
     "What `fit` returns."
@@ -531,139 +595,46 @@ class Fit:
     snapshots: dict  # step -> tensor that the callback returned
 
 
+def _result(state, progress, status):  # -> Fit, announced
+    _point_to(state)
+    log, seconds = _read_log(state), state.seconds
+    last = f", loss {log[-1]['loss']:.4f}" if log else ""
+    device = next(state.net.parameters()).device.type
+    _say(
+        progress,
+        f"{status} · {state.step} iterations in {seconds:.1f} s{last} "
+        f"· {state.s.precision} on {device}",
+    )
+    return Fit(state.ema.net, log, state.folder, seconds, status,
+               _snapshots(state))
+
+# %% ../nbs/15_training.ipynb #af59f776
 def fit(
-    loss,  # loss(net, x0, draw) -> (B,); draw.t(), draw.noise(), draw.uniform(k)
+    loss,  # loss(net, x0, draw) -> (B,); draw.t(), .noise(), .uniform()
     net: nn.Module,  # trained in place, on the device; its start counts
     data,  # Images, or a tensor (N, …)
     run: str,  # name of the run, such as "digits/ddpm"
     steps: int,  # iterations
     *,
     every: int = 0,  # iterations between two calls of the callback
-    callback=None,  # callback(step, averaged net) -> tensor to keep, or None
+    callback=None,  # (step, averaged net) -> tensor to keep, or None
     fresh: bool = False,  # train again even if the run is complete
     save_every: float = 30.0,  # seconds between two saved states
     workers: int = 2,  # processes that read images, for streamed data
     accelerator=None,  # yours, if you have one
     **settings,  # the other fields of Settings
 ) -> Fit:
-    """Train, or go on training, or fetch the result: whatever is left to do.
+    """Train, or go on, or fetch the result: whatever is left to do.
 
-    Raises: ValueError for settings out of range; FloatingPointError when the loss is not a number; OSError when a state cannot be written; KeyboardInterrupt after Ctrl-C, with the state saved.
-    """
-    s, data, acc = _prepare(
-        Settings(steps=steps, **settings), data, accelerator
-    )
-    name, what = run_identity(loss, net, data, s)
-    folder = runs.home() / "runs" / run / name
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".*.tmp"):  # a kill in the middle of a save
-        torn.unlink()
-    state = _State(net.to(acc.device), s, folder)
-    progress = _Progress(run, s.steps)
-    status = _resume(state, folder, progress, s)
+    Raises: ValueError for settings out of range; FloatingPointError
+    when the loss is not a number; OSError when a state cannot be
+    written; KeyboardInterrupt after Ctrl-C, with the state saved."""
+    s, data, acc = _prepare(steps, settings, data, accelerator)
+    state = _open(run, loss, net, data, s, acc, fresh)
+    progress = _Progress(run, steps)
+    status = _resume(state, progress)
     if status != "reused":
-        what = {"run": run, "identity": name, **what}
-        runs.atomic_write(
-            folder / "run.json", json.dumps(what, indent=1)
-        )
-        watch = functools.partial(
-            _watch, every=every, callback=callback
-        )
-        method = acc.prepare(_Method(net, loss))
-        with torch.random.fork_rng():
-            net.train()
-            log = _train(
-                method,
-                state,
-                data,
-                s,
-                acc,
-                progress,
-                save_every,
-                watch,
-                workers,
-            )
-        _publish(state, run, name, what, loss, s)
-    return _finish(state, progress, status, s)
-
-# %% ../nbs/15_training.ipynb #e0ada295
-def _prepare(s, data, acc):  # settings resolved, data set, accelerator
-    from accelerate import Accelerator
-
-    if isinstance(data, torch.Tensor):
-        data = _Rows(data)
-    if len(data) == 0:
-        raise ValueError(f"the data set {data.name} is empty")
-    acc = acc or Accelerator()  # shares the state of one that exists
-    acc.gradient_accumulation_steps, acc.step = s.accumulate, 0
-    if s.precision == "auto":
-        name = "bf16" if fast_bf16(acc.device) else "fp32"
-        s = dataclasses.replace(s, precision=name)
-    return s, data, acc
-
-
-def _resume(state, folder, progress, s):  # -> status
-    if not (folder / "state.safetensors").exists():
-        return "trained"
-    state.restore()
-    if (
-        state.step >= s.steps
-        and (folder / "model.safetensors").exists()
-    ):
-        return "reused"
-    progress.show(f"going on from iteration {state.step} of {s.steps}")
-    return "resumed"
-
-
-def _watch(state, every, callback):
-    if callback is not None and every and state.step % every == 0:
-        kept = callback(state.step, state.ema.net)
-        if kept is not None:
-            file = (
-                state.folder / f"snapshot-{state.step:07d}.safetensors"
-            )
-            runs.save_tensors(file, {"x": kept}, {"step": state.step})
-
-# %% ../nbs/15_training.ipynb #dadad2fc
-def _publish(
-    state, run, name, what, loss, s
-):  # the averaged weights, described
-    path = getattr(loss, "path", None)
-    meta = {
-        "run": run,
-        "identity": name,
-        "net": what["net"],
-        "path": path.config() if path is not None else None,
-        "predicts": getattr(loss, "predicts", None),
-        "steps": s.steps,
-        "seconds": round(state.seconds, 1),
-        "share_of_start": state.ema.share,
-        "torch": torch.__version__,
-    }
-    tensors = state.ema.net.state_dict()
-    runs.save_tensors(state.folder / "model.safetensors", tensors, meta)
-    latest = {"identity": name, "steps": s.steps}
-    runs.atomic_write(
-        state.folder.parent / "latest.json", json.dumps(latest)
-    )
-
-
-def _finish(state, progress, status, s):
-    if progress.bar is not None:
-        progress.bar.close()
-    log = _read_log(state.folder, state.step)
-    last = f", loss {log[-1]['loss']:.4f}" if log else ""
-    where = (
-        f"{s.precision} on {next(state.net.parameters()).device.type}"
-    )
-    progress.show(
-        f"{status} · {state.step} iterations in {state.seconds:.1f} s{last} · {where}"
-    )
-    snapshots = {}
-    for file in sorted(state.folder.glob("snapshot-*.safetensors")):
-        tensors, meta = runs.load_tensors(file)
-        snapshots[meta["step"]] = tensors["x"]
-    net = state.ema.net
-    return Fit(net, log, state.folder, state.seconds, status, snapshots)
+        watch = functools.partial(_watch, state, every, callback)
+        how = (acc, progress, watch, save_every, workers)
+        _train(loss, state, data, *how)
+    return _result(state, progress, status)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -198,12 +200,6 @@ def test_an_accelerator_of_yours_is_used():
 
 
 def test_streamed_data_equals_data_in_memory():
-    class Streamed(training._Rows):
-        streamed = True
-
-        def __getitem__(self, i):
-            return self.x[i]
-
     a = train(steps=5)
     b = fit(
         loss, new_net(), Streamed(DATA), "b", 5, workers=1,
@@ -262,7 +258,9 @@ def test_damaged_states_are_named(home):
 
 @pytest.mark.parametrize(
     "bad", [dict(steps=0), dict(batch=0), dict(lr=0), dict(lr=-1), dict(ema=1.5),
-            dict(decay=2), dict(accumulate=3), dict(precision="fp8"), dict(seed=-1)],
+            dict(decay=2), dict(accumulate=3), dict(precision="fp8"), dict(seed=-1),
+            dict(lr="2e-4"), dict(lr=math.nan), dict(batch=16.0), dict(steps=math.inf),
+            dict(betas=0.9), dict(betas=(0.9, 1.0)), dict(weight_decay=-1)],
 )
 def test_settings_out_of_range(bad):
     name = next(iter(bad))
@@ -286,3 +284,117 @@ def test_log_is_json_lines():
     assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "seconds"}
     described = json.loads((made.folder / "run.json").read_text())
     assert described["settings"]["steps"] == 30 and described["net"]["class"] == "Net"
+
+
+def interrupt_at(stop):
+    return lambda step, net: signal.raise_signal(signal.SIGINT) if step == stop else None
+
+
+def test_the_same_cell_run_again_goes_on():
+    whole, net = train("whole"), new_net()  # the network of another cell
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", net=net, every=1, callback=interrupt_at(7))
+    assert equal(net, new_net())  # as it came
+    cut = train("cut", net=net)
+    assert cut.status == "resumed" and equal(whole.net, cut.net)
+
+
+def test_gradients_that_were_there_before_do_not_count():
+    net = new_net()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    assert equal(train(net=net).net, train("clean").net)
+
+
+def test_latest_is_what_was_returned_last(home):
+    latest = lambda: json.loads((home / "runs" / "a" / "latest.json").read_text())
+    first, second = train(steps=3), train(steps=4)
+    assert latest() == {"identity": second.folder.name, "steps": 4}
+    assert train(steps=3).status == "reused"
+    assert latest() == {"identity": first.folder.name, "steps": 3}
+    (home / "runs" / "a" / "latest.json").unlink()  # killed just before it
+    assert train(steps=4).status == "reused"
+    assert latest() == {"identity": second.folder.name, "steps": 4}
+
+
+def test_a_finished_run_is_only_read(monkeypatch):
+    made = train()
+    monkeypatch.setattr(runs, "atomic_write", lambda *a: pytest.fail("a write"))
+    assert train().log == made.log
+
+
+def test_a_training_inside_a_callback_disturbs_nothing():
+    from accelerate import Accelerator
+
+    def other(step, net):
+        train("inner", steps=3, fresh=True)
+
+    more = dict(accumulate=4, accelerator=Accelerator())
+    assert equal(train("outer", every=5, callback=other, **more).net, train("b", **more).net)
+
+
+def test_outside_the_main_thread():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(train("thread")))
+    thread.start()
+    thread.join()
+    assert equal(made[0].net, train("main").net)
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        made = train(every=1, callback=interrupt_at(7))
+        assert made.status == "trained" and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Streamed(training._Rows):
+    streamed = True
+
+    def __getitem__(self, i):
+        return self.x[i]
+
+
+def test_streamed_data_with_spawned_workers():
+    settings = dict(batch=16, warmup=5, log_every=5, precision="fp32", workers=1)
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        made = fit(loss, new_net(), Streamed(DATA), "spawned", 3, **settings)
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+    assert equal(made.net, train(steps=3).net)
+
+
+def test_the_plan_of_a_long_streamed_training_is_not_listed():
+    s, begin = Settings(10**9, batch=16), time.perf_counter()
+    batches = training._batches(Streamed(DATA), s, 10**9 - 2, 0)
+    assert [len(x) for x in batches] == [16, 16]
+    next(training._batches(Streamed(DATA), s, 0, 0))
+    assert time.perf_counter() - begin < 5
+
+
+def test_progress_in_a_notebook(monkeypatch):
+    lines, now = [], iter([10.0, 10.1, 12.0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(training, "_say", lambda progress, line: lines.append(line))
+    progress = training._Progress("name", 100)
+    progress.kernel = True
+    for step in (51, 52, 61):  # resumed at 50
+        progress(step, torch.tensor(1.5), 2e-3)
+    assert lines[0] == "51/100 · loss 1.5000 · lr 2.0e-03"  # no speed yet
+    assert lines[1:] == ["61/100 · loss 1.5000 · lr 2.0e-03 · 5.0 it/s · 8 s left"]
+
+
+def test_progress_in_a_file_and_in_a_terminal(capsys, monkeypatch):
+    train()
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("a: trained · 30 iterations") and out.count("\n") == 1
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", every=1, callback=interrupt_at(20))
+    assert "cut:  " in (err := capsys.readouterr().err) and err.endswith("\r")  # wiped
+    train("cut")
+    assert "20/30" not in (err := capsys.readouterr().err) and "21/30" in err

@@ -1,0 +1,16 @@
+"""Tests use this checkout, and never the runs that the book made."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory):
+    os.environ["DIFFCOURSE_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
