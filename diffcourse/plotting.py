@@ -144,19 +144,22 @@ def curves(
     _named(lines, "lines", "{'loss': (steps, losses)}")
     nested = isinstance(next(iter(lines.values())), dict)
     panels = lines if nested else {title: lines}
+    height = height or (2.4 if nested else 3)
     with _style():
-        fig, axes = _panels(len(panels), height or 3 - 0.6 * nested,
-                            sharey=sharey)
+        fig, axes = _panels(len(panels), height, sharey=sharey)
         for ax, (name, panel) in zip(axes, panels.items()):
-            _named(panel, f"the panel {name!r}", "{'loss': (x, y)}")
-            tint = _ordered(panel) if ordered else {}
-            for label, curve in panel.items():
-                _curve(ax, label, curve, markers, tint.get(label))
+            _panel(ax, name, panel, markers, ordered)
             _axes(ax, name, xlabel, ylabel, logx, logy, levels)
         _legend(fig, axes[0], len(axes[0].lines))
         return _done(fig)
 
 # %% ../nbs/17_plotting.ipynb #9fb49c97
+def _panel(ax, name, panel, markers, ordered):
+    _named(panel, f"the panel {name!r}", "{'loss': (x, y)}")
+    tint = _ordered(panel) if ordered else {}
+    for label, curve in panel.items():
+        _curve(ax, label, curve, markers, tint.get(label))
+
 def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
           levels=None):
     for (name, y), dash in zip((levels or {}).items(), DASHES[1:]):
@@ -235,28 +238,34 @@ def densities(
 
     Raises: ValueError for samples whose name has no density."""
     _named(pdfs, "pdfs", "{'t = 0': p}")
-    samples = samples or {}
-    if unknown := [name for name in samples if name not in pdfs]:
-        raise ValueError(f"samples has {unknown}; the names with a "
-                         f"density are {list(pdfs)}")
+    samples = _of_names(samples or {}, pdfs)
     x = _array(x, "x", 1)
     height = height or (1.9 if panels else 3)
-    edges = np.linspace(x.min(), x.max(), bins + 1)
     with _style():
         fig, axes = _panels(len(pdfs) if panels else 1, height)
         tint = _ordered(pdfs) if ordered else {}
         for i, (name, p) in enumerate(pdfs.items()):
             ax = axes[i if panels else 0]
             color = tint.get(name, COLORS[0 if panels else i % 7])
-            _curve(ax, name, (x, p), False, color)
-            if name in samples:
-                _bars(ax, samples[name], name, edges, color)
+            _density(ax, name, x, p, samples, bins, color)
             _axes(ax, name if panels else title, xlabel, ylabel)
         if not panels:
             _legend(fig, axes[0], len(pdfs))
         return _done(fig)
 
 # %% ../nbs/17_plotting.ipynb #0262c63d
+def _of_names(samples, pdfs):
+    if unknown := [name for name in samples if name not in pdfs]:
+        raise ValueError(f"samples has {unknown}; the names with a "
+                         f"density are {list(pdfs)}")
+    return samples
+
+def _density(ax, name, x, p, samples, bins, color):
+    _curve(ax, name, (x, p), False, color)
+    if name in samples:
+        edges = np.linspace(x.min(), x.max(), bins + 1)
+        _bars(ax, samples[name], name, edges, color)
+
 def _bars(ax, draws, name, edges, color):
     "Bars whose area is the fraction of the draws in them."
     draws = _array(draws, f"samples of {name!r}", 1)
@@ -549,7 +558,6 @@ def _widget():
 
     class FrameSlider(w.VBox):
         "A live widget that also describes itself as plain HTML."
-
         def __init__(self, pngs, labels, alts, name, start):
             self.pngs, self.labels, self.name = pngs, labels, name
             self.make = lambda: _html(pngs, labels, alts, name, start)

@@ -432,11 +432,11 @@ def sample(
     den: Denoiser,  # network, path and prediction
     shape: Sequence[int],  # of ONE sample: (1, 8, 8)
     solver: Solver = Euler(),  # the rule for one step
-    grid: Grid | Sequence[float] = uniform(10),  # or explicit times
+    grid: Grid | Sequence[float] = uniform(10),  # times to visit
     seeds: int | Sequence[int] = 0,  # one a sample, or one for all
     n: int | None = None,  # samples, with one seed
     x: Tensor | None = None,  # (n, *shape) start, instead of noise
-    final: str = "stop",  # or "denoise": one more, at the last time
+    final: str = "stop",  # or "denoise": end with a predicted x0
     trajectory: bool = False,  # keep every state
     batch: int | None = None,  # samples at once; all by default
 ) -> Samples:

@@ -22,7 +22,7 @@ class TimeEmbedding(nn.Module):
         self,
         features: int,  # number of sines and cosines together, even
         width: int,  # length of the embedding
-        max_frequency: float = 10.0,  # of the fastest wave, in rad per unit time
+        max_frequency: float = 10.0,  # of the fastest wave, in rad
     ):
         super().__init__()
         self.features, self.max_frequency = features, max_frequency
@@ -34,7 +34,8 @@ class TimeEmbedding(nn.Module):
         t = t if t.dtype == torch.float64 else t.float()
         half = self.features // 2
         k = torch.arange(half, device=t.device, dtype=t.dtype)
-        omega = (k * (math.log(self.max_frequency) / max(half - 1, 1))).exp()
+        rate = math.log(self.max_frequency) / max(half - 1, 1)
+        omega = (k * rate).exp()
         angle = t[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -50,21 +51,22 @@ class Norm(nn.GroupNorm):
         self,
         channels: int,  # at most 32 groups, of at least 4 channels each
     ):
-        fits = [g for g in range(1, 33) if channels % g == 0 and channels // g >= 4]
+        fits = [g for g in range(1, 33)
+                if channels % g == 0 and channels // g >= 4]
         super().__init__(max(fits, default=1), channels)
 
     def forward(self, x):
         x32 = x.contiguous().to(self.weight.dtype)
         return super().forward(x32).to(x.dtype)
 
-# %% ../nbs/13_unet.ipynb #be007a58
+# %% ../nbs/13_unet.ipynb #f39cb991
 def zero(module: nn.Module):
     "The module with all its parameters set to zero."
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
-
+# %% ../nbs/13_unet.ipynb #be007a58
 class ResBlock(nn.Module):
     "Two convolutions with the time between them, added to the input."
 
@@ -76,7 +78,9 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(emb, 2 * cout if scale_shift else cout)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.skip = nn.Identity()
+        if cin != cout:
+            self.skip = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -100,9 +104,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        d = C // self.heads
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, d, H * W)
         q, k, v = qkv.unbind(1)  # each (B, heads, d, n)
-        score = q.transpose(-1, -2) @ k / math.sqrt(C // self.heads)
+        score = q.transpose(-1, -2) @ k / math.sqrt(d)
         h = v @ score.softmax(-1).transpose(-1, -2)
         return x + self.out(h.reshape(B, C, H, W))
 
@@ -119,15 +124,18 @@ class Block(nn.Module):
         x = self.res(x, emb)
         return x if self.attention is None else self.attention(x)
 
-
+# %% ../nbs/13_unet.ipynb #3dbe97f0
 class Down(nn.Module):
-    "One level of the way down: blocks, then half the resolution, except at the last."
+    "A level of the way down: blocks; then, but in the last, half size."
 
     def __init__(self, cin, cout, blocks, last, **block):
         super().__init__()
         widths = [cin] + [cout] * (blocks - 1)
-        self.blocks = nn.ModuleList(Block(c, cout, **block) for c in widths)
-        self.resize = None if last else nn.Conv2d(cout, cout, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(
+            Block(c, cout, **block) for c in widths
+        )
+        half = dict(kernel_size=3, stride=2, padding=1)
+        self.resize = None if last else nn.Conv2d(cout, cout, **half)
 
     def forward(self, x, emb, skips):
         for block in self.blocks:
@@ -138,9 +146,9 @@ class Down(nn.Module):
             skips.append(x)
         return x
 
-# %% ../nbs/13_unet.ipynb #3dbe97f0
+# %% ../nbs/13_unet.ipynb #da487714
 class Up(nn.Module):
-    "One level of the way up: blocks that take the skips, then twice the resolution."
+    "A level of the way up: blocks take the skips, then twice the size."
 
     def __init__(self, cin, cout, skips, last, **block):
         super().__init__()
@@ -148,13 +156,15 @@ class Up(nn.Module):
         self.blocks = nn.ModuleList(
             Block(c + s, cout, **block) for c, s in zip(widths, skips)
         )
-        self.resize = None if last else nn.Conv2d(cout, cout, 3, padding=1)
+        same = dict(kernel_size=3, padding=1)
+        self.resize = None if last else nn.Conv2d(cout, cout, **same)
 
     def forward(self, x, emb, skips):
         for block in self.blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
         if self.resize is not None:
-            x = self.resize(F.interpolate(x, scale_factor=2, mode="nearest"))
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = self.resize(x)
         return x
 
 # %% ../nbs/13_unet.ipynb #7cbd89d2
@@ -167,123 +177,122 @@ def resolutions(
     Raises: ValueError where the levels do not divide the size."""
     step = 2 ** (len(mults) - 1)
     if size < 1 or size % step:
-        near = sorted({max(size // step, 1) * step, (size // step + 1) * step})
+        k = size // step
+        near = sorted({max(k, 1) * step, (k + 1) * step})
         raise ValueError(
-            f"size={size} cannot be halved {len(mults) - 1} times: {len(mults)} levels "
-            f"need a multiple of {step}, such as {' or '.join(map(str, near))}"
+            f"size={size} cannot be halved {len(mults) - 1} times: "
+            f"{len(mults)} levels need a multiple of {step}, such as "
+            f"{' or '.join(map(str, near))}"
         )
     return [size // 2**i for i in range(len(mults))]
 
-# %% ../nbs/13_unet.ipynb #359e93b4
+# %% ../nbs/13_unet.ipynb #e73e0353
+def _config(
+    channels, size, base, mults, blocks, attention, heads, dropout,
+    scale_shift, max_frequency, time_mult, second_time
+):
+    "The settings as plain numbers, lists and texts."
+    return dict(
+        channels=channels, size=size, base=base, mults=list(mults),
+        blocks=blocks, attention=list(attention), heads=heads,
+        dropout=float(dropout), scale_shift=bool(scale_shift),
+        max_frequency=float(max_frequency), time_mult=time_mult,
+        second_time=bool(second_time),
+    )
+
+# %% ../nbs/13_unet.ipynb #d80352ab
 def _check_config(c):
     "Refuse a configuration that cannot work, and say what can."
-    for k in ("channels", "size", "base", "blocks", "heads", "time_mult"):
-        if not isinstance(c[k], int) or c[k] < 1:
-            raise ValueError(f"{k}={c[k]!r}: expected a whole number of at least 1")
-    if not c["mults"] or any(not isinstance(m, int) or m < 1 for m in c["mults"]):
-        raise ValueError(f"mults={c['mults']}: expected whole numbers, one a level")
-    if c["base"] % 2:
-        raise ValueError(f"base={c['base']}: expected an even number")
-    if not 0 <= c["dropout"] < 1:
-        raise ValueError(f"dropout={c['dropout']}: expected 0 <= dropout < 1")
-    if not c["max_frequency"] >= 1:
-        raise ValueError(f"max_frequency={c['max_frequency']}: expected at least 1")
+    whole = lambda v: isinstance(v, int) and v >= 1
+    for k in "channels size base blocks heads time_mult".split():
+        if not whole(c[k]):
+            raise ValueError(f"{k}={c[k]!r}: expected a whole number "
+                             f"of at least 1")
+    for k, fine, expected in (
+        ("mults", c["mults"] and all(map(whole, c["mults"])),
+         "whole numbers, one a level"),
+        ("base", c["base"] % 2 == 0, "an even number"),
+        ("dropout", 0 <= c["dropout"] < 1, "0 <= dropout < 1"),
+        ("max_frequency", c["max_frequency"] >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise ValueError(f"{k}={c[k]}: expected {expected}")
     sizes = resolutions(c["size"], c["mults"])
     if extra := sorted(set(c["attention"]) - set(sizes)):
-        raise ValueError(f"attention={c['attention']}: no level has {extra}; there are {sizes}")
+        raise ValueError(f"attention={c['attention']}: no level has "
+                         f"{extra}; there are {sizes}")
     for res, m in zip(sizes, c["mults"]):
-        if res in c["attention"] and c["base"] * m % c["heads"]:
-            raise ValueError(
-                f"heads={c['heads']} does not divide the {c['base'] * m} channels at {res}x{res}"
-            )
+        n = c["base"] * m
+        if res in c["attention"] and n % c["heads"]:
+            raise ValueError(f"heads={c['heads']} does not divide the "
+                             f"{n} channels at {res}x{res}")
     return sizes
 
 # %% ../nbs/13_unet.ipynb #a9547a35
 def _check_input(x, t, r, shape, second):
     "Refuse inputs of a wrong shape or type; reads no values."
     if x.dim() != 4 or tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; this network takes (B, {', '.join(map(str, shape))})"
-        )
+        takes = ", ".join(map(str, shape))
+        raise ValueError(f"x has shape {tuple(x.shape)}; this network "
+                         f"takes (B, {takes})")
     if (r is not None) != second:
         raise ValueError(
-            "this network takes a second time: call net(x, t, r)" if second else
-            "this network takes one time: call net(x, t), or build it with second_time=True"
-        )
+            "this network takes a second time: call net(x, t, r)"
+            if second else "this network takes one time: call "
+            "net(x, t), or build it with second_time=True")
     for name, a in (("t", t), ("r", r)):
-        if a is not None and (tuple(a.shape) != (x.shape[0],) or not a.is_floating_point()):
+        if a is None:
+            continue
+        if a.shape != x.shape[:1] or not a.is_floating_point():
             raise ValueError(
-                f"{name} has shape {tuple(a.shape)} and type {a.dtype}; expected one float "
-                f"for each image, ({x.shape[0]},): {name}.expand(len(x)) makes it of a scalar"
-            )
+                f"{name} has shape {tuple(a.shape)} and type "
+                f"{a.dtype}; expected one float for each image, ({len(x)},): "
+                f"{name}.expand(len(x)) makes it of a scalar")
     if not x.is_floating_point():
-        raise ValueError(f"x has type {x.dtype}; expected floats, images scaled to [-1, 1]")
+        raise ValueError(f"x has type {x.dtype}; expected floats, "
+                         f"images scaled to [-1, 1]")
 
 # %% ../nbs/13_unet.ipynb #cb4a827e
-def _build(net, sizes, channels, size, base, mults, blocks, attention, heads,
-           dropout, scale_shift, max_frequency, time_mult, second_time):
-    "Give `net` its layers. The second time comes last: a seed draws all others alike."
-    emb, c, skips, deepest = time_mult * base, base, [base], len(mults) - 1
+def _build(
+    net, sizes, channels, size, base, mults, blocks, attention, heads,
+    dropout, scale_shift, max_frequency, time_mult, second_time
+):  # second time last: a seed draws all others alike
+    emb, c, skips = time_mult * base, base, [base]
     def block(res):
         return dict(emb=emb, dropout=dropout, scale_shift=scale_shift,
                     heads=heads if res in attention else 0)
-
     net.time = TimeEmbedding(base, emb, max_frequency)
     net.first = nn.Conv2d(channels, base, 3, padding=1)
     net.down, net.up = nn.ModuleList(), nn.ModuleList()
     for i, (m, res) in enumerate(zip(mults, sizes)):
-        net.down.append(Down(c, base * m, blocks, i == deepest, **block(res)))
+        last = i == len(mults) - 1
+        net.down.append(Down(c, base * m, blocks, last, **block(res)))
         c = base * m
-        skips += [c] * (blocks + (i < deepest))
-    plain = {**block(sizes[-1]), "heads": 0}
-    net.middle = nn.ModuleList([Block(c, c, **block(sizes[-1])), Block(c, c, **plain)])
+        skips += [c] * (blocks + (not last))
+    attends = block(sizes[-1])
+    plain = {**attends, "heads": 0}
+    both = attends, plain
+    net.middle = nn.ModuleList(Block(c, c, **b) for b in both)
     for i, (m, res) in reversed(list(enumerate(zip(mults, sizes)))):
         take = [skips.pop() for _ in range(blocks + 1)]
         net.up.append(Up(c, base * m, take, i == 0, **block(res)))
         c = base * m
-    net.last = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, channels, 3, padding=1)))
+    out = zero(nn.Conv2d(c, channels, 3, padding=1))
+    net.last = nn.Sequential(Norm(c), nn.SiLU(), out)
     if second_time:
         net.interval = TimeEmbedding(base, emb, max_frequency)
         zero(net.interval.linear2)
 
-# %% ../nbs/13_unet.ipynb #4f57b0e9
-class UNet(nn.Module):
-    """Residual blocks and attention over several resolutions; any size that its levels divide.
-
-    Raises: ValueError for sizes, attention resolutions, heads or inputs that do not fit.
-    Source: Ronneberger et al. 2015, Ho et al. 2020, Nichol and Dhariwal 2021."""
-
-    def __init__(
-        self,
-        channels: int = 1,  # of the image: 1 grey, 3 colour
-        size: int = 8,  # height and width of the image
-        base: int = 32,  # channels of the first level, even; multiples of 16 run fastest
-        mults=(1, 2),  # channels of each level as multiples of base; one entry a level
-        blocks: int = 1,  # residual blocks a level on the way down, one more on the way up
-        attention=(4,),  # resolutions at which pixels attend to each other
-        heads: int = 4,  # attention heads; divides the channels there
-        dropout: float = 0.0,  # inside the residual blocks, in training only
-        scale_shift: bool = True,  # time scales and shifts, else shifts only
-        max_frequency: float = 10.0,  # of the time waves; 10 rad keeps d/dt of the network smooth
-        time_mult: int = 2,  # length of the time embedding, as multiple of base; 4 in large nets
-        second_time: bool = False,  # True: net(x, t, r), for maps over an interval
-    ):
-        super().__init__()
-        self._config = dict(
-            channels=channels, size=size, base=base, mults=list(mults), blocks=blocks,
-            attention=list(attention), heads=heads, dropout=float(dropout),
-            scale_shift=bool(scale_shift), max_frequency=float(max_frequency),
-            time_mult=time_mult, second_time=bool(second_time),
-        )
-        _build(self, sizes=_check_config(self._config), **self._config)
-
+# %% ../nbs/13_unet.ipynb #563b8e58
+class _Levels(nn.Module):  # how the network runs
     def config(self) -> dict:
-        "What rebuilds this network: UNet(**net.config()); fit for JSON."
+        "What rebuilds this network, as UNet(**config); fit for JSON."
         return copy.deepcopy(self._config)
 
     def forward(self, x, t, r=None):
         c = self._config
-        _check_input(x, t, r, (c["channels"], c["size"], c["size"]), c["second_time"])
+        shape = c["channels"], c["size"], c["size"]
+        _check_input(x, t, r, shape, c["second_time"])
         emb = self.time(t)
         if r is not None:
             emb = emb + self.interval(t - r)
@@ -297,6 +306,34 @@ class UNet(nn.Module):
             x = level(x, emb, skips)
         return self.last(x)
 
+# %% ../nbs/13_unet.ipynb #4f57b0e9
+class UNet(_Levels):
+    """Residual blocks and attention over several resolutions.
+
+    Raises: ValueError for settings or inputs that do not fit.
+    Source: Ronneberger 2015, Ho 2020, Nichol and Dhariwal 2021."""
+
+    def __init__(
+        self,
+        channels: int = 1,  # of the image: 1 grey, 3 colour
+        size: int = 8,  # height and width; divisible by the levels
+        base: int = 32,  # channels of the first level; of 16: fastest
+        mults=(1, 2),  # channels of each level as multiples of base
+        blocks: int = 1,  # a level on the way down; up: one more
+        attention=(4,),  # resolutions at which pixels attend
+        heads: int = 4,  # of attention; divides the channels there
+        dropout: float = 0.0,  # in the blocks, in training only
+        scale_shift: bool = True,  # time scales and shifts, or shifts
+        max_frequency: float = 10.0,  # of time; 10 keeps d/dt smooth
+        time_mult: int = 2,  # embedding over base; 4 in large nets
+        second_time: bool = False,  # True: net(x, t, r), for intervals
+    ):
+        super().__init__()
+        self._config = _config(
+            channels, size, base, mults, blocks, attention, heads,
+            dropout, scale_shift, max_frequency, time_mult, second_time)
+        _build(self, _check_config(self._config), **self._config)
+
 # %% ../nbs/13_unet.ipynb #eafc2257
 def count_parameters(net: nn.Module) -> int:
     "How many numbers the network learns."
@@ -307,7 +344,7 @@ def macs_by_module(
     net: nn.Module,
     shape,  # of one image: (C, H, W)
 ) -> dict:
-    "Multiply-adds for one image, for each layer that has any: {name: count}."
+    "Multiply-adds for one image, {name of a layer: count}."
     found, hooks = {}, []
 
     def count(name):
@@ -319,7 +356,6 @@ def macs_by_module(
                 n = out.numel() * m.weight[0].numel()
             found[name] = found.get(name, 0) + n
         return hook
-
     for name, m in net.named_modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear, Attention)):
             hooks.append(m.register_forward_hook(count(name)))
@@ -332,7 +368,7 @@ def macs_by_module(
 # %% ../nbs/13_unet.ipynb #3d11ec8d
 @torch.no_grad()
 def _run_once(net, shape):
-    "One evaluation of one image of zeros, in eval mode, without a trace."
+    "One evaluation of one image of zeros, in eval mode, traceless."
     p, training = next(net.parameters()), net.training
     x, t = p.new_zeros(1, *shape), p.new_zeros(1)
     second = hasattr(net, "config") and net.config().get("second_time")
@@ -347,5 +383,5 @@ def count_macs(
     net: nn.Module,
     shape,  # of one image: (C, H, W)
 ) -> int:
-    "Multiply-adds of one evaluation for one image: convolutions, linear layers, attention."
+    "Multiply-adds of one evaluation of one image, attention included."
     return sum(macs_by_module(net, shape).values())
