@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffcourse"
 BIN = Path(sys.executable).parent
+SHIPPED = ["digits/ddpm"]                # runs whose weights the package carries, 3 MB each at most
 JOBS = {"smoke": 2}                      # notebooks at a time; a timed run is alone on the machine
 
 
@@ -383,6 +384,21 @@ def site(scale: str, target: Path) -> None:
     print(f"site: {target / 'index.html'}")
 
 
+def weights() -> None:
+    """Publish the newest digits runs of the names in SHIPPED as the weights of the package."""
+    folder, index = ROOT / PACKAGE / "weights", {}
+    for name in SHIPPED:
+        runs = ROOT / "build" / "digits" / "runs" / name
+        if not (runs / "latest.json").exists():
+            stop(f"weights: there is no run {name} in {runs.parent}: make book")
+        data = (runs / json.loads((runs / "latest.json").read_text())["identity"] / "model.safetensors").read_bytes()
+        index[name] = {"file": name.replace("/", "-") + ".safetensors", "sha256": digest(data)}
+        folder.mkdir(exist_ok=True)
+        (folder / index[name]["file"]).write_bytes(data)
+        print(f"{name}: {len(data) / 1e6:.2f} MB, sha256 {index[name]['sha256'][:12]}…")
+    write(folder / "index.json", json.dumps(index, indent=1) + "\n")
+
+
 def find(name: str) -> str:
     """The notebook that a name, a path or a number means."""
     short = Path(name).name.removesuffix(".ipynb")
@@ -394,7 +410,7 @@ def find(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["book", "smoke", "nb", "status", "sync", "site"])
+    parser.add_argument("what", choices=["book", "smoke", "nb", "status", "sync", "site", "weights"])
     parser.add_argument("name", nargs="?", default="", help="the notebook of nb, the scale of site and status (digits, smoke)")
     parser.add_argument("--check", action="store_true", help="sync: an error if anything had to change")
     parser.add_argument("--force", action="store_true", help="run what is up to date too")
@@ -404,6 +420,8 @@ def main() -> None:
         scale = given.name
     if given.what == "sync":
         return sync(given.check)
+    if given.what == "weights":
+        return weights()
     if given.what == "status":
         return print("\n".join(f"{nb}: {stale(nb, scale) or 'fresh'}" for nb in notebooks()))
     if given.what != "site":

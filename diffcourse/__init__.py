@@ -66,7 +66,8 @@ def _local(name):  # file of the newest complete run, or None
     if not latest.exists():
         return None
     identity = json.loads(latest.read_text())["identity"]
-    return latest.parent / identity / "model.safetensors"
+    file = latest.parent / identity / "model.safetensors"
+    return file if file.exists() else None
 
 
 def _known():  # every name that can be loaded

@@ -64,13 +64,13 @@ class Images(Dataset):
         flip=False,     # True where a mirrored image is as likely
     ):
         _check_images(x, y)
-        self.x, self.y, self.name, self.flip = x, y, name, bool(flip)
-        self.shape = tuple(x.shape[1:])
+        self.x, self.y, self.shape = x, y, tuple(x.shape[1:])
+        self.name, self.flip = name, bool(flip)
 
     @cached_property
     def hash(self):     # sha256 of shape and values: the set's identity
-        shape, values = str(tuple(self.x.shape)), self.x.contiguous()
-        return _sha(shape.encode(), values.numpy())
+        return _sha(str(tuple(self.x.shape)).encode(),
+                    self.x.contiguous().numpy())
 
     def __len__(self):
         return len(self.x)
@@ -80,7 +80,6 @@ class Images(Dataset):
 
     def item(self, i):                                  # (C, H, W)
         return self.batch([i])[0]
-
     __getitem__ = item          # what torch's DataLoader asks for
 
 # %% ../nbs/12_data.ipynb #c1fedba8

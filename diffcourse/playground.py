@@ -16,11 +16,11 @@ from .paths import Path, VP, as_time, check_prediction, expand
 
 # %% ../nbs/01_playground.ipynb #9907b1bc
 def patch_to(cls):
-    "Make the function below a method of `cls`: a page can bring methods one by one."
+    "Make a function a method of `cls`: pages bring them one by one."
     def add(f):
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, f)
-        return f.__globals__.get(f.__name__)  # the name outside stays what it was
+        return f.__globals__.get(f.__name__)  # as it was outside
     return add
 
 
@@ -29,12 +29,13 @@ def _normal_cdf(z):  # torch's own ndtr loses its digits below z = -5
 
 
 def _double(x):  # exact things are computed in float64
-    x = torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else torch.float64)
+    if not isinstance(x, Tensor):
+        x = torch.tensor(x, dtype=torch.float64)
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 # %% ../nbs/01_playground.ipynb #2186d92a
 class GaussianMixture:
-    """A mixture of 1-D Gaussians about which everything is known, in float64.
+    """A 1-D mixture about which everything is known, in float64.
 
     Raises: ValueError for parameters that are no mixture."""
 
@@ -44,21 +45,24 @@ class GaussianMixture:
         stds,  # (K,) their standard deviations, positive
         weights,  # (K,) their probabilities, positive, with sum 1
     ):
-        m, s, w = (_double(a) for a in (means, stds, weights))
-        if not (m.ndim == 1 and m.shape == s.shape == w.shape and len(m)):
+        m, s, w = map(_double, (means, stds, weights))
+        shapes = [tuple(a.shape) for a in (m, s, w)]
+        if len(set(shapes)) > 1 or m.ndim != 1 or len(m) == 0:
             raise ValueError(
-                f"means, stds and weights have shapes {tuple(m.shape)}, {tuple(s.shape)} "
-                f"and {tuple(w.shape)}: one number for each component is needed in each"
+                f"means, stds, weights have the shapes {shapes}: "
+                "one number for each component is needed"
             )
         if not (m.isfinite().all() and (s > 0).all() and (w > 0).all()):
-            raise ValueError("finite means, positive stds and positive weights are needed")
-        if abs(float(w.sum()) - 1) > 1e-9:
-            raise ValueError(f"the weights sum to {float(w.sum()):.6g}, not to 1")
+            raise ValueError(
+                f"means={means}, stds={stds}, weights={weights}: "
+                "finite means, positive stds and weights are needed"
+            )
+        if abs((total := float(w.sum())) - 1) > 1e-9:
+            raise ValueError(f"the weights sum to {total:.6g}, not 1")
         self.means, self.stds, self.weights = m, s, w / w.sum()
-
     def __repr__(self):
-        shown = ", ".join(f"{k}={v.tolist()}" for k, v in vars(self).items())
-        return f"GaussianMixture({shown})"
+        shown = [f"{k}={v.tolist()}" for k, v in vars(self).items()]
+        return f"GaussianMixture({', '.join(shown)})"
 
 # %% ../nbs/01_playground.ipynb #534484af
 @patch_to(GaussianMixture)
@@ -72,8 +76,8 @@ def _z(self, x):  # (…) -> (…, K) distances from the centres, in stds
 def log_prob(self, x) -> Tensor:
     "Logarithm of the density."
     z, w, s = self._z(x), self.weights, self.stds
-    const = (w.log() - s.log() - 0.5 * math.log(2 * math.pi)).to(z.device)
-    return torch.logsumexp(const - z**2 / 2, -1)
+    const = w.log() - s.log() - 0.5 * math.log(2 * math.pi)
+    return torch.logsumexp(const.to(z.device) - z**2 / 2, -1)
 
 
 @patch_to(GaussianMixture)
@@ -81,7 +85,7 @@ def pdf(self, x) -> Tensor:
     "The density."
     return self.log_prob(x).exp()
 
-
+# %% ../nbs/01_playground.ipynb #7d5517a1
 @patch_to(GaussianMixture)
 def cdf(self, x) -> Tensor:
     "Probability of a value below x."
@@ -99,14 +103,16 @@ def sf(self, x) -> Tensor:
 @patch_to(GaussianMixture)
 def _quantile(self, low, high):  # P(X <= x) and P(X > x) -> x
     left = low <= high
-    tail, sign = torch.where(left, low, high), torch.where(left, 1.0, -1.0)
+    tail = torch.where(left, low, high)
+    sign = torch.where(left, 1.0, -1.0)
     edges = self.means + self.stds * (sign * ndtri(tail))[..., None]
     lo, hi = edges.amin(-1), edges.amax(-1)
     x, done = (lo + hi) / 2, torch.zeros_like(lo, dtype=torch.bool)
     for _ in range(200):
         F = torch.where(left, self.cdf(x), self.sf(x))
         gap = sign * (F / tail).log()  # positive: x is too far right
-        lo, hi = torch.where(gap > 0, lo, x), torch.where(gap > 0, x, hi)
+        lo = torch.where(gap > 0, lo, x)
+        hi = torch.where(gap > 0, x, hi)
         new, tiny = x - gap * F / self.pdf(x), 1e-15 * (1 + x.abs())
         done = done | (gap.abs() < 8e-16)  # equal to rounding
         fits = (new >= lo - tiny) & (new <= hi + tiny)
@@ -117,13 +123,15 @@ def _quantile(self, low, high):  # P(X <= x) and P(X > x) -> x
             break
     return x
 
-
+# %% ../nbs/01_playground.ipynb #b6da888d
 @patch_to(GaussianMixture)
 def icdf(
     self,
     p,  # probabilities in [0, 1]
 ) -> Tensor:
-    "The value below which a fraction p lies.\n\nRaises: ValueError outside [0, 1]."
+    """The value below which a fraction p lies.
+
+    Raises: ValueError outside [0, 1]."""
     p = _double(p)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("probabilities p must lie in [0, 1]")
@@ -150,25 +158,30 @@ def sample(
     seed: int = 0,  # of the one generator that draws them all
 ) -> Tensor:  # (n,) float64
     "Independent draws."
-    own = (seed + 0x9E3779B9) % 2**32  # noise drawn elsewhere from the same seed differs
+    own = (seed + 0x9E3779B9) % 2**32  # unlike noise from the same seed
     gen = torch.Generator().manual_seed(own)
     u = torch.rand(n, generator=gen, dtype=torch.float64)
     k = torch.searchsorted(self.weights.cumsum(0)[:-1], u, right=True)
     z = torch.randn(n, generator=gen, dtype=torch.float64)
     return self.means[k] + self.stds[k] * z
 
-
+# %% ../nbs/01_playground.ipynb #f4638e56
 def mixture() -> GaussianMixture:
-    "The running example of the book: three unequal peaks, standard deviation about 1."
-    return GaussianMixture((-1.2, 0.1, 1.3), (0.25, 0.35, 0.18), (0.35, 0.4, 0.25))
+    "The running example: three unequal peaks, std about 1."
+    return GaussianMixture(
+        means=(-1.2, 0.1, 1.3),
+        stds=(0.25, 0.35, 0.18),
+        weights=(0.35, 0.4, 0.25),
+    )
 
 # %% ../nbs/01_playground.ipynb #92e63a5f
 @patch_to(GaussianMixture)
 def _with(self, a, s):  # the mixture of a x0 + s eps; a, s: any shape
     a, s = a[..., None], s[..., None]
     new = object.__new__(GaussianMixture)
-    new.means, new.weights = a * self.means.to(a.device), self.weights.to(a.device)
+    new.means = a * self.means.to(a.device)
     new.stds = (a**2 * self.stds.to(a.device) ** 2 + s**2).sqrt()
+    new.weights = self.weights.to(a.device)
     return new
 
 
@@ -176,7 +189,7 @@ def _with(self, a, s):  # the mixture of a x0 + s eps; a, s: any shape
 def at(
     self,
     path: Path,  # from data to noise
-    t,  # float; or (T,) times, and the methods then take x of shape (T, m) or (m,)
+    t,  # float; or (T,), then x is (T, m) or (m,) in the methods
 ) -> "GaussianMixture":
     "The mixture at time t of the path."
     t = as_time(_double(t))
@@ -186,14 +199,14 @@ def at(
 # %% ../nbs/01_playground.ipynb #4949e699
 @patch_to(GaussianMixture)
 def _parts(self, x, t, path):
-    "x, alpha, sigma, the noised mixture, and (…, K): who it was, and how far from alpha m / V."
+    "x, alpha, sigma, noised mixture; (…, K): r and (x - alpha m) / V."
     x = _double(x)
     t = as_time(_double(t)).to(x.device)
     a, s = expand(path.alpha(t), x), expand(path.sigma(t), x)
     noised = self._with(a, s)
     z = noised._z(x)
-    r = (self.weights.to(x.device).log() - noised.stds.log() - z**2 / 2).softmax(-1)
-    return x, a, s, noised, r, z / noised.stds
+    logit = noised.weights.log() - noised.stds.log() - z**2 / 2
+    return x, a, s, noised, logit.softmax(-1), z / noised.stds
 
 
 @patch_to(GaussianMixture)
@@ -211,7 +224,7 @@ def posterior_mean(
 # %% ../nbs/01_playground.ipynb #8e990a46
 @patch_to(GaussianMixture)
 def score(self, x, t, path: Path) -> Tensor:
-    "Slope of the log-density at time t; arguments as in `posterior_mean`."
+    "Slope of the log-density at time t, as `posterior_mean` is called."
     *_, r, d = self._parts(x, t, path)
     return -(r * d).sum(-1)
 
@@ -227,7 +240,8 @@ def eps(self, x, t, path: Path) -> Tensor:
 def v(self, x, t, path: Path) -> Tensor:
     "The best guess of v = alpha eps - sigma x0."
     x, a, s, *_ = self._parts(x, t, path)
-    return a * self.eps(x, t, path) - s * self.posterior_mean(x, t, path)
+    x0 = self.posterior_mean(x, t, path)
+    return a * self.eps(x, t, path) - s * x0
 
 # %% ../nbs/01_playground.ipynb #904cc548
 def _sigma_dsigma(path, t):  # sigma sigma', finite where sigma' is not
@@ -238,11 +252,13 @@ def _sigma_dsigma(path, t):  # sigma sigma', finite where sigma' is not
 
 @patch_to(GaussianMixture)
 def flow(self, x, t, path: Path) -> Tensor:
-    "Velocity of the probability-flow ODE: E[alpha' x0 + sigma' eps | x_t = x]."
+    "Velocity of the flow: E[alpha' x0 + sigma' eps | x_t = x]."
     x = _double(x)
     t = as_time(_double(t)).to(x.device)
-    rate, heat = expand(path.dalpha(t), x), expand(_sigma_dsigma(path, t), x)
-    return rate * self.posterior_mean(x, t, path) - heat * self.score(x, t, path)
+    rate = expand(path.dalpha(t), x)
+    heat = expand(_sigma_dsigma(path, t), x)
+    x0 = self.posterior_mean(x, t, path)
+    return rate * x0 - heat * self.score(x, t, path)
 
 # %% ../nbs/01_playground.ipynb #5d62dcab
 @patch_to(GaussianMixture)
@@ -257,11 +273,12 @@ def flow_map(
     x = _double(x)
     t, s = (as_time(_double(u)).to(x.device) for u in (t, s))
     here, there = (
-        self._with(expand(path.alpha(u), x), expand(path.sigma(u), x)) for u in (t, s)
+        self._with(expand(path.alpha(u), x), expand(path.sigma(u), x))
+        for u in (t, s)
     )
     return there._quantile(here.cdf(x), here.sf(x))
 
-# %% ../nbs/01_playground.ipynb #251bc6c1
+# %% ../nbs/01_playground.ipynb #4906b91b
 def _target(path, t, predicts):  # A and B of the target A x0 + B eps
     a, s = path.alpha(t), path.sigma(t)
     one, none = torch.ones_like(a), torch.zeros_like(a)
@@ -270,7 +287,7 @@ def _target(path, t, predicts):  # A and B of the target A x0 + B eps
     pairs = {"x0": (one, none), "eps": (none, one), "v": (-s, a)}
     return pairs[predicts] if predicts != "score" else (none, -1 / s)
 
-
+# %% ../nbs/01_playground.ipynb #e63aed42
 @patch_to(GaussianMixture)
 def loss_floor(
     self,
@@ -281,54 +298,69 @@ def loss_floor(
     "The least mean squared error that any network can reach at time t."
     check_prediction(predicts)
     t = as_time(_double(t))
-    noised, grid = self.at(path, t), torch.linspace(0, 1, 6001, dtype=torch.float64)
-    lo = (noised.means - 12 * noised.stds).amin(-1, keepdim=True)
-    hi = (noised.means + 12 * noised.stds).amax(-1, keepdim=True)
-    x = lo.flatten()[:, None] + (hi - lo).flatten()[:, None] * grid  # (T or 1, 6001)
+    noised = self.at(path, t)
+    lo = (noised.means - 12 * noised.stds).amin(-1).reshape(-1, 1)
+    hi = (noised.means + 12 * noised.stds).amax(-1).reshape(-1, 1)
+    grid = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    x = lo + (hi - lo) * grid  # (T, n)
     x, a, s, noised, r, d = self._parts(x, t.reshape(-1), path)
     A, B = (c.reshape(-1, 1, 1) for c in _target(path, t, predicts))
     a, s, var = a[..., None], s[..., None], self.stds**2
-    mean = A * (self.means + a * var * d) + B * s * d  # of the target, (T, 6001, K)
+    mean = A * (self.means + a * var * d) + B * s * d  # (T, n, K)
     spread = (A * s - B * a) ** 2 * var / noised.stds**2 + mean**2
     variance = (r * spread).sum(-1) - (r * mean).sum(-1) ** 2
     return torch.trapezoid(noised.pdf(x) * variance, x).reshape(t.shape)
+
+# %% ../nbs/01_playground.ipynb #b0186906
+def _waves(t, n, fastest):  # (B,) -> (B, 2 n)
+    k = torch.arange(n, device=t.device, dtype=t.dtype)
+    omega = (k * math.log(fastest) / max(n - 1, 1)).exp()
+    angle = t[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def _check_points(x, t):
+    if x.ndim != 2 or x.shape[1] != 1 or t.shape != x.shape[:1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and t {tuple(t.shape)}: "
+            "(B, 1) and (B,) are needed"
+        )
+
+
+def _layers(sizes):  # linear layers with an activation after each
+    for i, o in zip(sizes, sizes[1:]):
+        yield nn.Linear(i, o)
+        yield nn.SiLU()
 
 # %% ../nbs/01_playground.ipynb #17b21bb9
 class MLP(nn.Module):
     """A small network for one dimension: net(x, t) -> like x.
 
-    Raises: ValueError for inputs of other shapes than (B, 1) and (B,)."""
+    Raises: ValueError unless x is (B, 1) and t (B,)."""
 
     def __init__(
         self,
         width: int = 32,  # hidden units a layer
         depth: int = 3,  # hidden layers
         waves: int = 4,  # frequencies of time, each a sine and a cosine
-        max_frequency: float = 10.0,  # of the fastest wave, in rad per unit time
+        max_frequency: float = 10.0,  # of the fastest wave, rad
         time: bool = True,  # False: a network that does not see t
     ):
         super().__init__()
-        self._config = dict(width=width, depth=depth, waves=waves,
-                            max_frequency=float(max_frequency), time=bool(time))
+        self._config = dict(width=width, depth=depth, waves=waves)
+        self._config |= dict(max_frequency=max_frequency, time=time)
         sizes = [1 + 2 * waves * bool(time)] + [width] * depth
-        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.SiLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(width, 1))
+        self.net = nn.Sequential(*_layers(sizes), nn.Linear(width, 1))
 
-    def config(self) -> dict:
-        "What rebuilds this network: MLP(**net.config())."
+    def config(self) -> dict:  # MLP(**net.config()) rebuilds it
         return dict(self._config)
 
     def forward(self, x, t):
-        if x.ndim != 2 or x.shape[1] != 1 or t.shape != x.shape[:1]:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)} and t {tuple(t.shape)}: (B, 1) and (B,) are needed"
-            )
         c = self._config
+        _check_points(x, t)
         if c["time"]:
-            k = torch.arange(c["waves"], device=x.device, dtype=x.dtype)
-            omega = (k * math.log(c["max_frequency"]) / max(c["waves"] - 1, 1)).exp()
-            angle = t.to(x.dtype)[:, None] * omega
-            x = torch.cat([x, angle.sin(), angle.cos()], dim=1)
+            waves = _waves(t, c["waves"], c["max_frequency"])
+            x = torch.cat([x, waves.to(x.dtype)], dim=1)
         return self.net(x)
 
 # %% ../nbs/01_playground.ipynb #f599a4d2
@@ -338,28 +370,31 @@ def net(
     path: Path,
     predicts: str = "x0",  # what it answers
 ):
-    "A perfectly trained network: net(x, t) -> like x, for `Denoiser(net, path, predicts)`."
-    check_prediction(predicts)
-    exact = self.posterior_mean if predicts == "x0" else getattr(self, predicts)
+    "A perfect network net(x, t), for Denoiser(net, path, predicts)."
+    name = check_prediction(predicts)
+    exact = getattr(self, "posterior_mean" if name == "x0" else name)
 
     def net(x, t):
         return exact(x, t, path).to(x.device, x.dtype)
 
     return net
 
-# %% ../nbs/01_playground.ipynb #367cc153
+# %% ../nbs/01_playground.ipynb #ceac6d9b
 def _sorted(a):
     a = torch.as_tensor(a).detach().cpu()
     if a.numel() == 0 or a.numel() != len(a):
-        raise ValueError(f"shape {tuple(a.shape)}: samples of one dimension are needed, (n,)")
+        raise ValueError(
+            f"shape {tuple(a.shape)}: samples of one dimension are "
+            "needed, (n,) or (n, 1)"
+        )
     return a.double().flatten().sort().values
 
-
+# %% ../nbs/01_playground.ipynb #367cc153
 def wasserstein1(
     a,  # (n,) or (n, 1) samples
     b,  # (m,) or (m, 1) samples, or a distribution with an icdf
 ) -> float:
-    "Mean distance that mass is carried from a to b; exact between samples of any sizes."
+    "Mean distance that mass is carried; sizes may differ."
     a = _sorted(a)
     if hasattr(b, "icdf"):  # its n quantiles, one for each sample
         b = b.icdf((torch.arange(len(a)).double() + 0.5) / len(a))
@@ -367,8 +402,8 @@ def wasserstein1(
     n, m = len(a), len(b)
     if n == m:
         return float((a - b).abs().mean())
-    i, j = torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n  # in units of 1/(n m)
-    ends = torch.cat([i, j]).unique()  # where either quantile function jumps
+    i, j = torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n
+    ends = torch.cat([i, j]).unique()  # jumps, in units of 1 / (n m)
     mass = torch.diff(ends, prepend=ends.new_zeros(1))
     gap = (a[(ends - 1) // m] - b[(ends - 1) // n]).abs()
     return float((mass * gap).sum() / (n * m))
@@ -377,7 +412,7 @@ def wasserstein1(
 def stratified_normal(
     n: int,  # how many
 ) -> Tensor:  # (n,) float64, increasing and symmetric
-    "The n quantiles of the standard normal in the middle of n equal slices."
+    "The normal's n quantiles in the middle of n equal slices."
     if n < 1:
         raise ValueError(f"n = {n}: at least one is needed")
     half = ndtri((torch.arange(n // 2).double() + 0.5) / n)

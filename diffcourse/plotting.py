@@ -237,8 +237,7 @@ def densities(
     """Densities as curves, with the histogram of draws behind them.
 
     Raises: ValueError for samples whose name has no density."""
-    _named(pdfs, "pdfs", "{'t = 0': p}")
-    samples = _of_names(samples or {}, pdfs)
+    samples = _matching(samples or {}, pdfs)
     x = _array(x, "x", 1)
     height = height or (1.9 if panels else 3)
     with _style():
@@ -254,7 +253,8 @@ def densities(
         return _done(fig)
 
 # %% ../nbs/17_plotting.ipynb #0262c63d
-def _of_names(samples, pdfs):
+def _matching(samples, pdfs):
+    _named(pdfs, "pdfs", "{'t = 0': p}")
     if unknown := [name for name in samples if name not in pdfs]:
         raise ValueError(f"samples has {unknown}; the names with a "
                          f"density are {list(pdfs)}")

@@ -246,8 +246,8 @@ def _check_input(x, t, r, shape, second):
         if a.shape != x.shape[:1] or not a.is_floating_point():
             raise ValueError(
                 f"{name} has shape {tuple(a.shape)} and type "
-                f"{a.dtype}; expected one float for each image, ({len(x)},): "
-                f"{name}.expand(len(x)) makes it of a scalar")
+                f"{a.dtype}; expected one float for each image, "
+                f"({len(x)},): {name}.expand(len(x)) makes it of one")
     if not x.is_floating_point():
         raise ValueError(f"x has type {x.dtype}; expected floats, "
                          f"images scaled to [-1, 1]")
