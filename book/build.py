@@ -172,7 +172,7 @@ def data_files(nb: str) -> list[Path]:
         named |= {n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     weights, results = ROOT / PACKAGE / "weights", ROOT / PACKAGE / "results"
     index = json.loads((weights / "index.json").read_text()) if (weights / "index.json").exists() else {}
-    return [*(weights / index[name]["file"] for name in sorted(index.keys() & named)),
+    return [*(weights / index[name]["file"] for name in sorted(index.keys() & named - makes(nb))),
             *(p for p in sorted(results.rglob("*")) if {p.name, p.stem, p.relative_to(results).as_posix()} & named)]
 
 

@@ -64,14 +64,16 @@ def check_prediction(
     return predicts
 
 # %% ../nbs/11_paths.ipynb #f1394e17
-def method(
+def patch_to(
     cls: type,  # a class that is already defined
 ):  # -> decorator for a function, a property or a static method
     "Add what follows to a class, so that it can be told in parts."
 
-    def add(f):
-        setattr(cls, getattr(f, "fget", f).__name__, f)
-        return f
+    def add(part):
+        f = getattr(part, "fget", None) or getattr(part, "__func__", part)
+        f.__qualname__ = f"{cls.__name__}.{f.__name__}"
+        setattr(cls, f.__name__, part)
+        return f.__globals__.get(f.__name__)  # outside, as it was
 
     return add
 
@@ -100,20 +102,20 @@ class Path:
         raise NotImplementedError
 
 # %% ../nbs/11_paths.ipynb #b8e7fb96
-@method(Path)
+@patch_to(Path)
 def lam(self, t) -> Tensor:
     "log(alpha / sigma), half the log-SNR."
     return self.alpha(t).log() - self.sigma(t).log()
 
 
-@method(Path)
+@patch_to(Path)
 def dlam(self, t) -> Tensor:
     "The derivative of lam, negative."
     a, s = self.alpha(t), self.sigma(t)
     return self.dalpha(t) / a - self.dsigma(t) / s
 
 # %% ../nbs/11_paths.ipynb #3c609d81
-@method(Path)
+@patch_to(Path)
 def add_noise(
     self,
     x0: Tensor,  # (B, …) data
@@ -126,7 +128,7 @@ def add_noise(
     return a * x0 + s * eps
 
 # %% ../nbs/11_paths.ipynb #4dfdd3cb
-@method(Path)
+@patch_to(Path)
 def target(
     self,
     predicts: str,  # one of PREDICTIONS
@@ -148,13 +150,13 @@ def target(
     return x0 if predicts == "x0" else eps
 
 # %% ../nbs/11_paths.ipynb #122d03bf
-@method(Path)
+@patch_to(Path)
 def config(self) -> dict:
     "The path as JSON can hold it; `path_from` rebuilds it."
     return {"path": type(self).__name__, **vars(self)}
 
 
-@method(Path)
+@patch_to(Path)
 def __repr__(self) -> str:
     args = ", ".join(f"{k}={v}" for k, v in vars(self).items())
     return f"{type(self).__name__}({args})"
@@ -225,19 +227,19 @@ class VPLinear(VP):
         return -t * (0.25 * t * slope + 0.5 * self.beta_min)
 
 # %% ../nbs/11_paths.ipynb #05150749
-@method(VPLinear)
+@patch_to(VPLinear)
 def alpha(self, t):
     "exp(log alpha): what the rate has left."
     return self._log_alpha(as_time(t)).exp()
 
 
-@method(VPLinear)
+@patch_to(VPLinear)
 def sigma(self, t):
     "sqrt(1 - alpha^2), without the subtraction."
     return (-torch.expm1(2 * self._log_alpha(as_time(t)))).sqrt()
 
 
-@method(VPLinear)
+@patch_to(VPLinear)
 def dalpha(self, t):
     "-beta(t) alpha(t) / 2."
     t = as_time(t)
@@ -245,13 +247,13 @@ def dalpha(self, t):
     return -0.5 * beta * self.alpha(t)
 
 # %% ../nbs/11_paths.ipynb #0e65e2a1
-@method(VPLinear)
+@patch_to(VPLinear)
 def lam(self, t):
     "-log(exp(-2 log alpha) - 1) / 2."
     return -0.5 * torch.expm1(-2 * self._log_alpha(as_time(t))).log()
 
 
-@method(VPLinear)
+@patch_to(VPLinear)
 def t_of_lam(self, lam):
     "The time of this lam, from a quadratic."
     c = torch.nn.functional.softplus(-2 * _scalar(lam))
@@ -260,7 +262,7 @@ def t_of_lam(self, lam):
     return 2 * c / (root + self.beta_min)
 
 # %% ../nbs/11_paths.ipynb #77165baa
-@method(VP)
+@patch_to(VP)
 @staticmethod
 def linear(
     beta_min: float = 0.1,  # rate of noising at the data
@@ -291,14 +293,14 @@ class VPCosine(VP):
         return a, rate * (t + self.s), rate
 
 # %% ../nbs/11_paths.ipynb #4087e825
-@method(VPCosine)
+@patch_to(VPCosine)
 def alpha(self, t):
     "cos(b) / cos(a), exactly 0 at t = 1."
     a, _, rate = self._angles(t := as_time(t))
     return torch.sin(rate * (1 - t)) / math.cos(a)
 
 
-@method(VPCosine)
+@patch_to(VPCosine)
 def sigma(self, t):
     "sqrt(sin(b - a) sin(b + a)) / cos(a)."
     a, b, rate = self._angles(t := as_time(t))
@@ -306,14 +308,14 @@ def sigma(self, t):
     return product.sqrt() / math.cos(a)
 
 # %% ../nbs/11_paths.ipynb #d9406023
-@method(VPCosine)
+@patch_to(VPCosine)
 def dalpha(self, t):
     "-rate sin(b) / cos(a)."
     a, b, rate = self._angles(as_time(t))
     return -rate * torch.sin(b) / math.cos(a)
 
 
-@method(VPCosine)
+@patch_to(VPCosine)
 def dsigma(self, t):
     "rate sin(2 b) / (2 cos(a)^2 sigma)."
     a, b, rate = self._angles(as_time(t))
@@ -323,7 +325,7 @@ def dsigma(self, t):
     return slope / (2 * math.cos(a) ** 2 * self.sigma(t))
 
 # %% ../nbs/11_paths.ipynb #7c2f04f3
-@method(VPCosine)
+@patch_to(VPCosine)
 def t_of_lam(self, lam):
     "The time of this lam, from its angle."
     a, _, rate = self._angles(0.0)
@@ -333,7 +335,7 @@ def t_of_lam(self, lam):
     return 1 - torch.asin(left) / rate
 
 
-@method(VP)
+@patch_to(VP)
 @staticmethod
 def cosine(
     s: float = 0.0,  # offset; 0.008 in Nichol & Dhariwal's table
@@ -368,7 +370,7 @@ class VPSigmoid(VP):
         return self.start / self.tau, self.end / self.tau
 
 # %% ../nbs/11_paths.ipynb #c588be6a
-@method(VPSigmoid)
+@patch_to(VPSigmoid)
 def alpha(self, t):
     "Root of the part of the sigmoid that is left."
     lo, hi = self._ends()
@@ -377,7 +379,7 @@ def alpha(self, t):
     return (left * math.cosh(lo / 2) / math.sinh((hi - lo) / 2)).sqrt()
 
 
-@method(VPSigmoid)
+@patch_to(VPSigmoid)
 def sigma(self, t):
     "Root of the part of the sigmoid that is gone."
     lo, hi = self._ends()
@@ -386,7 +388,7 @@ def sigma(self, t):
     return (gone * math.cosh(hi / 2) / math.sinh((hi - lo) / 2)).sqrt()
 
 # %% ../nbs/11_paths.ipynb #484b1e71
-@method(VPSigmoid)
+@patch_to(VPSigmoid)
 def dalpha(self, t):
     "-(slope of sigma^2) / (2 alpha)."
     lo, hi = self._ends()
@@ -397,7 +399,7 @@ def dalpha(self, t):
     return -slope / (2 * self.alpha(t))
 
 
-@method(VPSigmoid)
+@patch_to(VPSigmoid)
 def t_of_lam(self, lam):
     "The time of this lam, from a logit."
     share = torch.sigmoid(2 * _scalar(lam))
@@ -407,7 +409,7 @@ def t_of_lam(self, lam):
     return ((z - lo) / (hi - lo)).clamp(0, 1)
 
 # %% ../nbs/11_paths.ipynb #09811c25
-@method(VP)
+@patch_to(VP)
 @staticmethod
 def sigmoid(
     start: float = -3.0,  # argument of the sigmoid at the data
@@ -447,12 +449,12 @@ class VPTable(VP):
     dsigma = dlam = dalpha
 
 # %% ../nbs/11_paths.ipynb #c7cda005
-@method(VPTable)
+@patch_to(VPTable)
 def __len__(self) -> int:
     return len(self.betas)
 
 
-@method(VPTable)
+@patch_to(VPTable)
 def index(
     self,
     t,  # float, or a tensor of any shape
@@ -472,26 +474,26 @@ def index(
     return at.round().long() - 1
 
 # %% ../nbs/11_paths.ipynb #8d6a4344
-@method(VPTable)
+@patch_to(VPTable)
 def _at(self, first, values, t):  # first is the value at t = 0
     t = as_time(t)
     full = torch.cat([values.new_tensor([first]), values])
     return full.to(t.device)[self.index(t) + 1].to(t.dtype)
 
 
-@method(VPTable)
+@patch_to(VPTable)
 def alpha(self, t):
     "Root of alphas_cumprod."
     return self._at(1.0, self.alphas_cumprod.sqrt(), t)
 
 
-@method(VPTable)
+@patch_to(VPTable)
 def sigma(self, t):
     "Root of 1 - alphas_cumprod."
     return self._at(0.0, (1 - self.alphas_cumprod).sqrt(), t)
 
 # %% ../nbs/11_paths.ipynb #6cebe4cc
-@method(VPTable)
+@patch_to(VPTable)
 def t_of_lam(self, lam):
     "The time of the entry whose lam is nearest."
     lam, bar = _scalar(lam), self.alphas_cumprod
@@ -500,18 +502,18 @@ def t_of_lam(self, lam):
     return ((near + 1).double() / len(self)).to(lam.dtype)
 
 
-@method(VPTable)
+@patch_to(VPTable)
 def config(self) -> dict:
     "The table as JSON can hold it; `path_from` rebuilds it."
     return {"path": "VPTable", "betas": self.betas.tolist()}
 
 
-@method(VPTable)
+@patch_to(VPTable)
 def __repr__(self) -> str:
     return f"VPTable({len(self)} steps)"
 
 # %% ../nbs/11_paths.ipynb #ba8268ed
-@method(VP)
+@patch_to(VP)
 @staticmethod
 def table(
     betas,  # (N,) variances of the forward chain, each in (0, 1)
@@ -588,7 +590,7 @@ class Prediction:
         return expand(getattr(self.path, name)(self.t), self.x)
 
 # %% ../nbs/11_paths.ipynb #57242e7f
-@method(Prediction)
+@patch_to(Prediction)
 def _over(self, top, bottom, want):  # top / bottom, where that exists
     if bottom.device.type != "cpu":  # a look would stall the device
         return top / bottom
@@ -601,7 +603,7 @@ def _over(self, top, bottom, want):  # top / bottom, where that exists
     return top / bottom
 
 # %% ../nbs/11_paths.ipynb #b91ce68d
-@method(Prediction)
+@patch_to(Prediction)
 @property
 def x0(self) -> Tensor:
     "The data: the left column of the conversions."
@@ -618,7 +620,7 @@ def x0(self) -> Tensor:
     return self._over(x - noise, a, "x0")
 
 # %% ../nbs/11_paths.ipynb #8fa8e639
-@method(Prediction)
+@patch_to(Prediction)
 @property
 def eps(self) -> Tensor:
     "The noise: the right column of the conversions."
@@ -636,7 +638,7 @@ def eps(self) -> Tensor:
     return self._over(x - a * out, s, "eps")
 
 # %% ../nbs/11_paths.ipynb #95c0b134
-@method(Prediction)
+@patch_to(Prediction)
 @property
 def v(self) -> Tensor:
     "The velocity on the circle, alpha eps - sigma x0."
@@ -646,7 +648,7 @@ def v(self) -> Tensor:
     return a * self.eps - s * self.x0
 
 
-@method(Prediction)
+@patch_to(Prediction)
 @property
 def flow(self) -> Tensor:
     "The velocity of the flow, alpha' x0 + sigma' eps."
@@ -656,7 +658,7 @@ def flow(self) -> Tensor:
     return da * self.x0 + ds * self.eps
 
 
-@method(Prediction)
+@patch_to(Prediction)
 @property
 def score(self) -> Tensor:
     "The gradient of the log density, -eps / sigma."

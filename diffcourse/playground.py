@@ -12,18 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.special import ndtri
 
-from .paths import Path, VP, as_time, check_prediction, expand
+from .paths import VP, Path, as_time, check_prediction
+from .paths import expand, patch_to
 
 # %% ../nbs/01_playground.ipynb #9907b1bc
-def patch_to(cls):
-    "Make a function a method of `cls`: pages bring them one by one."
-    def add(f):
-        f.__qualname__ = f"{cls.__name__}.{f.__name__}"
-        setattr(cls, f.__name__, f)
-        return f.__globals__.get(f.__name__)  # as it was outside
-    return add
-
-
 def _normal_cdf(z):  # torch's own ndtr loses its digits below z = -5
     return torch.erfc(z * -(0.5**0.5)) / 2
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .paths import Path, Prediction
-from .paths import as_time, check_prediction, method
+from .paths import as_time, check_prediction, patch_to
 
 # %% ../nbs/14_sampling.ipynb #12f6d928
 class Denoiser:
@@ -60,7 +60,7 @@ def _check_states(x, t):
         )
 
 # %% ../nbs/14_sampling.ipynb #101e56be
-@method(Denoiser)
+@patch_to(Denoiser)
 def __call__(
     self,
     x: Tensor,  # (B, …) states, floating point
@@ -80,37 +80,37 @@ def __call__(
     return Prediction(x, t, out, self.predicts, self.path)
 
 # %% ../nbs/14_sampling.ipynb #f6c25163
-@method(Denoiser)
+@patch_to(Denoiser)
 def x0(self, x: Tensor, t) -> Tensor:
     "The predicted data."
     return self(x, t).x0
 
 
-@method(Denoiser)
+@patch_to(Denoiser)
 def eps(self, x: Tensor, t) -> Tensor:
     "The predicted noise."
     return self(x, t).eps
 
 
-@method(Denoiser)
+@patch_to(Denoiser)
 def v(self, x: Tensor, t) -> Tensor:
     "The predicted velocity on the circle."
     return self(x, t).v
 
 
-@method(Denoiser)
+@patch_to(Denoiser)
 def flow(self, x: Tensor, t) -> Tensor:
     "The predicted velocity of the flow."
     return self(x, t).flow
 
 
-@method(Denoiser)
+@patch_to(Denoiser)
 def score(self, x: Tensor, t) -> Tensor:
     "The predicted score."
     return self(x, t).score
 
 # %% ../nbs/14_sampling.ipynb #5e925974
-@method(Denoiser)
+@patch_to(Denoiser)
 @property
 def device(self) -> torch.device:
     "Where the network lives."
@@ -141,7 +141,7 @@ class Grid:
             )
 
 # %% ../nbs/14_sampling.ipynb #27408ba3
-@method(Grid)
+@patch_to(Grid)
 def _spaced(self, path):  # -> (steps + 1,) float64
     k = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
     a, b, option = self.start, self.end, self.option
@@ -158,7 +158,7 @@ def _spaced(self, path):  # -> (steps + 1,) float64
     return a + (b - a) * k
 
 # %% ../nbs/14_sampling.ipynb #77f0a0e2
-@method(Grid)
+@patch_to(Grid)
 def times(
     self,
     path: Path,  # needed by "logsnr" alone
