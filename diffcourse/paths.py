@@ -70,7 +70,8 @@ def patch_to(
     "Add what follows to a class, so that it can be told in parts."
 
     def add(part):
-        f = getattr(part, "fget", None) or getattr(part, "__func__", part)
+        f = getattr(part, "__func__", part)  # of a static method
+        f = getattr(f, "fget", f)  # of a property
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, part)
         return f.__globals__.get(f.__name__)  # outside, as it was

@@ -94,7 +94,7 @@ def test_weights_and_records_make_those_that_name_them_stale(tree):
     weights = tree / "diffcourse/weights"
     weights.joinpath("b.safetensors").write_text("1")
     weights.joinpath("index.json").write_text(json.dumps({"digits/b": {"file": "b.safetensors"}}))
-    assert changed(tree, lambda: weights.joinpath("b.safetensors").write_text("2")) == {"02", "03"}
+    assert changed(tree, lambda: weights.joinpath("b.safetensors").write_text("2")) == {"03"}
     assert changed(tree, lambda: (tree / "diffcourse/results/other.jsonl").write_text("{}")) == set()
 
 
@@ -195,7 +195,8 @@ def environment(tree, body, **extra):
     fake = tree / "python"
     fake.write_text(f"#!/bin/sh\n{body}\n")
     fake.chmod(0o755)
-    done = subprocess.run(["make", "env", f"PYTHON={fake}"], cwd=tree, capture_output=True, text=True, env={**os.environ, **extra})
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # the test may itself be run by make
+    done = subprocess.run(["make", "env", f"PYTHON={fake}"], cwd=tree, capture_output=True, text=True, env={**outside, **extra})
     assert done.returncode != 0
     return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
 
