@@ -336,6 +336,7 @@ def _name(
     return f"{obj.__module__}:{obj.__qualname__}"
 
 # %% ../nbs/19_runs.ipynb #b3572569
+@functools.lru_cache(maxsize=None)
 def _code_hash(
     source: str,  # Python source
 ) -> str:  # does not depend on comments, blank lines, docstrings

@@ -277,6 +277,14 @@ class _Method(nn.Module):  # network and loss as one module
             )
         return out.mean()
 
+# %% ../nbs/15_training.ipynb #8049a8b4
+def _seed_dropout(seed, device):
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
 # %% ../nbs/15_training.ipynb #3246a404
 def _gradient(method, x, flip, s, step, acc):  # -> mean loss
     size, total = s.batch // s.accumulate, 0.0
@@ -288,7 +296,7 @@ def _gradient(method, x, flip, s, step, acc):  # -> mean loss
         part = _flip(part, s, step, lo) if flip else part
         draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
         key = runs.rng(s.seed, DROPOUT, step, lo)
-        torch.manual_seed(int(key.integers(2**32)))  # for dropout
+        _seed_dropout(int(key.integers(2**32)), part.device)
         with acc.accumulate(method), cast:
             value = method(part, draw)
             acc.backward(value)

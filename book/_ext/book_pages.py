@@ -65,11 +65,15 @@ def graft(app, docname, source):
     done = {}
     if path.exists():
         app.env.note_dependency(str(path))
-        done = {cell["id"]: cell for cell in json.loads(path.read_text())["cells"]}
+        executed = json.loads(path.read_text())
+        done = {cell["id"]: cell for cell in executed["cells"]}
+        took, when = executed["metadata"]["diffcourse"]["seconds"], executed["metadata"]["papermill"]["end_time"][:10]
+        notebook["cells"][0]["source"] = [*notebook["cells"][0]["source"], f"\n\n*The code of this page ran in {took:.0f} s on {when}.*"]
     else:
         log.warning("was not run: make book runs it", location=docname, type="book", subtype="stale")
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
+            cell["source"] = re.sub(r"(?m)^\[Rendered page\]\(.*\)$", "", "".join(cell["source"]))  # we are there
             continue
 
         def warn(message, cell=cell):
