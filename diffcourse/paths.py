@@ -350,7 +350,7 @@ class VPSigmoid(VP):
 
     Here z runs from start to end, all divided by tau.
 
-    Source: Jabri et al. (2023), algorithm 1.
+    Source: Jabri et al. (2023); this form: Chen (2023).
     """
 
     def __init__(
