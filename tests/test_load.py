@@ -1,6 +1,7 @@
 """`load` and the lazy names."""
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_shipped_weights(capsys):
     out = dc.sample(den, (1, 8, 8), dc.Euler(), dc.uniform(10), seeds=range(4))
     assert out.x.isfinite().all() and out.x.std() > 0.4
     index = dc._shipped()
-    folder = __import__("pathlib").Path(dc.__file__).parent / "weights"
+    folder = Path(dc.__file__).parent / "weights"
     assert {v["file"] for v in index.values()} == {p.name for p in folder.glob("*.safetensors")}
     assert all((folder / v["file"]).stat().st_size <= 3_000_000 for v in index.values())
 
