@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffcourse"
 BIN = Path(sys.executable).parent
-SHIPPED = ["digits/ddpm"]                # runs whose weights the package carries, 3 MB each at most
-JOBS = {"smoke": 2}                      # notebooks at a time; a timed run is alone on the machine
+SHIPPED = ["digits/classifier", "digits/ddpm", "digits/flow"]    # runs whose weights the package carries, 3 MB each at most
+JOBS = min(2, os.cpu_count() or 1)       # notebooks at a time: two with a thread each are faster than one with two threads
 
 
 def stop(message):
@@ -67,8 +67,13 @@ def tree(nb: str) -> ast.Module | None:
         return None
 
 
-def strings(nb: str) -> set[str]:
-    return {n.value for n in ast.walk(tree(nb) or ast.parse("")) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+def strings(nb: str, loaded: bool = False) -> set[str]:
+    """The texts in a notebook's code; `loaded`: without those that it takes from the package, in calls with source="shipped"."""
+    nodes = [*ast.walk(tree(nb) or ast.parse(""))]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and any(k.arg == "source" and getattr(k.value, "value", "") == "shipped"
+                                                               for k in n.keywords)]
+    apart = {n for call in calls if loaded for n in ast.walk(call)}
+    return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in apart}
 
 
 def makes(nb: str) -> set[str]:
@@ -81,7 +86,7 @@ def makes(nb: str) -> set[str]:
 
 def makers(nb: str) -> list[str]:
     """The other notebooks that make a run which this one names."""
-    return [other for other in notebooks() if other != nb and makes(other) & strings(nb) - makes(nb)]
+    return [other for other in notebooks() if other != nb and makes(other) & strings(nb, loaded=True) - makes(nb)]
 
 
 @cache
@@ -166,13 +171,13 @@ def module_hash(module: str) -> str:
 
 def data_files(nb: str) -> list[Path]:
     """The weights and records in the package that a notebook, or a module that it imports, names."""
-    named = strings(nb)
+    named = strings(nb) - makes(nb)
     for module in modules(nb):
         code = ast.parse(module_files()[module].read_text())
         named |= {n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     weights, results = ROOT / PACKAGE / "weights", ROOT / PACKAGE / "results"
     index = json.loads((weights / "index.json").read_text()) if (weights / "index.json").exists() else {}
-    return [*(weights / index[name]["file"] for name in sorted(index.keys() & named - makes(nb))),
+    return [*(weights / index[name]["file"] for name in sorted(index.keys() & named)),
             *(p for p in sorted(results.rglob("*")) if {p.name, p.stem, p.relative_to(results).as_posix()} & named)]
 
 
@@ -224,8 +229,7 @@ def run_notebook(nb: str, scale: str, bar: bool) -> tuple[float, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
     os.environ.update(DIFFCOURSE_HOME=str(folder), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    if JOBS.get(scale, 1) > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // JOBS)    # more threads than cores collapse
     decided, start = parts(nb, scale), time.perf_counter()
     try:
         out = papermill.execute_notebook(f"{nb}.ipynb", str(running), parameters(nb, scale), progress_bar=bar, cwd=str(ROOT),
@@ -252,15 +256,14 @@ def run_all(chosen: list[str], scale: str, force: bool = False) -> None:
     todo = [nb for nb in chosen if reasons[nb]]
     if not todo:
         return print(f"{scale}: all {len(chosen)} runs are up to date")
-    jobs, total, begin = JOBS.get(scale, 1), len(todo), time.perf_counter()
-    bar, ended, bad, running = jobs == 1 and sys.stderr.isatty(), 0, [], {}
-    with locked(scale), ProcessPoolExecutor(jobs, initializer=end_with, initargs=[os.getpid()]) as pool:
+    total, begin = len(todo), time.perf_counter()
+    bar, ended, bad, running = JOBS == 1 and sys.stderr.isatty(), 0, [], {}
+    with locked(scale), ProcessPoolExecutor(JOBS, initializer=end_with, initargs=[os.getpid()]) as pool:
         while todo or running:
             blocked = {*todo, *running.values()}
-            for nb in [nb for nb in todo if not blocked & {*makers(nb)}][:jobs - len(running)]:
+            for nb in [nb for nb in todo if not blocked & {*makers(nb)}][:JOBS - len(running)]:
                 todo.remove(nb)
-                if jobs == 1:
-                    print(f"[{ended + 1}/{total}] {nb} ({reasons[nb]})", flush=True)
+                print(f"[{ended + len(running) + 1}/{total}] {nb} ({reasons[nb]})", flush=True)
                 running[pool.submit(run_notebook, nb, scale, bar)] = nb
             if not running:
                 stop(f"these notebooks wait for runs of one another: {', '.join(todo)}")
@@ -384,6 +387,11 @@ def site(scale: str, target: Path) -> None:
     print(f"site: {target / 'index.html'}")
 
 
+def tensors(safetensors: bytes) -> bytes:
+    """What a safetensors file holds after its header, which tells the time of the training too."""
+    return safetensors[8 + int.from_bytes(safetensors[:8], "little"):]
+
+
 def weights() -> None:
     """Publish the newest digits runs of the names in SHIPPED as the weights of the package."""
     folder, index = ROOT / PACKAGE / "weights", {}
@@ -394,7 +402,12 @@ def weights() -> None:
         data = (runs / json.loads((runs / "latest.json").read_text())["identity"] / "model.safetensors").read_bytes()
         index[name] = {"file": name.replace("/", "-") + ".safetensors", "sha256": digest(data)}
         folder.mkdir(exist_ok=True)
-        (folder / index[name]["file"]).write_bytes(data)
+        file = folder / index[name]["file"]
+        if file.exists() and tensors(file.read_bytes()) == tensors(data):
+            index[name]["sha256"] = digest(file.read_bytes())
+            print(f"{name}: the same weights, left as they are")
+            continue
+        file.write_bytes(data)
         print(f"{name}: {len(data) / 1e6:.2f} MB, sha256 {index[name]['sha256'][:12]}…")
     write(folder / "index.json", json.dumps(index, indent=1) + "\n")
 

@@ -17,11 +17,17 @@ _names = {
     "data": "Images digits image_folder mnist fashion_mnist cifar10",
     "unet": "UNet count_parameters count_macs",
     "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
-    "trailing explicit Solver Euler sample Samples NetworkTime",
+    "trailing leading linspace explicit Solver Euler sample Samples "
+    "NetworkTime",
     "training": "Settings EMA Draws fit Fit",
     "playground": "GaussianMixture mixture MLP wasserstein1 "
     "stratified_normal",
     "ddpm": "DenoisingLoss DDPM",
+    "ddim": "DDIM invert slerp",
+    "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
+    "evaluation": "DigitClassifier score Score fd kid fid measure "
+    "read_records",
+    "experiments": "",
     "plotting": "",
     "runs": "home",
 }

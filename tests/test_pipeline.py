@@ -90,6 +90,15 @@ def test_parameters_make_their_notebook_stale(tree):
     assert changed(tree, lambda: config.write_text("# a comment\nx: 1\n")) == set()
 
 
+def test_weights_of_the_package_need_no_run(tree):
+    weights = tree / "diffcourse/weights"
+    weights.joinpath("b.safetensors").write_text("1")
+    weights.joinpath("index.json").write_text(json.dumps({"digits/b": {"file": "b.safetensors"}}))
+    notebook(tree / "nbs/03_c.ipynb", "# C", "from diffcourse import load\nload('digits/b', source='shipped')")
+    assert changed(tree, lambda: edit(tree / "nbs/02_b.ipynb", "digits/b'", "digits/b', steps=2")) == {"02"}
+    assert changed(tree, lambda: weights.joinpath("b.safetensors").write_text("2")) == {"03"}
+
+
 def test_weights_and_records_make_those_that_name_them_stale(tree):
     weights = tree / "diffcourse/weights"
     weights.joinpath("b.safetensors").write_text("1")

@@ -1,0 +1,166 @@
+"""`make results`: what is to do, an interruption, one record made again, and no measured number typed into the text."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffcourse import evaluation as ev
+from diffcourse import experiments as ex
+from test_front_matter import sources
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_experiments_are_what_the_book_says():
+    for name, rows in ex.EXPERIMENTS.items():
+        assert len(set(rows)) == len(rows), name
+        for row in rows:
+            assert row.model in ex.MODELS and row.solver in ex.SOLVERS and row.grid in ex.GRIDS
+    assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == (1000, 2000)
+
+
+def test_every_record_is_committed():
+    for name, rows in ex.EXPERIMENTS.items():
+        found = ev.read_records(name)
+        for row in rows:
+            for seed in ex.TRAIN_SEEDS:
+                one = found.where(model=row.model, solver=row.solver, grid=row.grid, steps=row.steps, train_seed=seed)
+                assert len(one) == 1, (name, row, seed)
+                assert one[0]["n"] == 1000 and one[0]["seeds"] == "1000-1999"
+                assert one[0]["nfe"] == row.steps  # one evaluation a step, for one sample
+                assert one[0]["command"] == ex.command(name, row, seed)
+
+
+def test_what_a_record_holds():
+    every = "metric value floor n reference_hash feature_hash model device dtype versions command source date".split()
+    sampled = "solver grid steps nfe seeds seconds train_seed kid kid_error memorisation".split()
+    for name in [*ex.UNTRAINED, *ex.EXPERIMENTS]:
+        for r in ev.read_records(name):
+            assert not set(every + (sampled if name in ex.EXPERIMENTS else [])) - set(r), name
+            assert r["feature_hash"] == ev.classifier_hash() and r["reference_hash"] == ev.reference_hash()
+
+
+def test_the_floor_made_again():
+    (again,) = ex.run_floor()
+    assert again["value"] == pytest.approx(ev.floor(), rel=1e-3)
+
+
+def test_a_record_made_again_from_the_shipped_weights():
+    import diffcourse as dc
+
+    den = dc.load("digits/flow", source="shipped")
+    out = dc.sample(den, (1, 8, 8), grid=dc.uniform(5), seeds=range(1000, 2000))
+    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
+    assert ev.score(out.x).fd == pytest.approx(r["value"], rel=0.02) and out.nfe == r["nfe"]
+
+
+def test_quality_that_the_book_promises():
+    "Digits, mean of three training seeds, in multiples of the floor."
+    def mean(name, **where):
+        found = ev.read_records(name).where(**where)
+        assert len(found) == 3
+        assert min(r["memorisation"] for r in found) >= 0.9
+        return sum(r["value"] / r["floor"] for r in found) / 3
+
+    assert mean("04_flow", model="flow", nfe=40) <= 2
+    assert mean("03_ddim", solver="DDIM()", grid="uniform", nfe=50) <= 4
+
+
+# -- the command --------------------------------------------------------------
+
+SMALL = """
+from pathlib import Path
+from diffcourse import experiments as ex
+ex.STEPS, ex.SEEDS, ex.TRAIN_SEEDS = 2, (1000, 1066), (0, 1)
+ex.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3))}
+if __name__ == "__main__":
+    ex.make_results(["04_flow"], workers=1, folder=Path("records"))
+"""
+
+
+def test_an_interrupted_make_results_goes_on(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DIFFCOURSE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-u", str(script)]
+    first = subprocess.Popen(run, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    said = []
+    for line in first.stdout:
+        said.append(line)
+        if line.startswith("[1/6"):
+            os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert "6 records of 2 trainings, 1 at a time: about" in "".join(said)
+    file = tmp_path / "records" / "04_flow.jsonl"
+    before = file.read_text().splitlines()
+    assert 1 <= len(before) < 6 and json.loads(before[0])["steps"] == 1
+    again = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"{6 - len(before)} records of" in again.stdout
+    after = file.read_text().splitlines()
+    assert len(after) == 6 and set(before) <= set(after)  # nothing was made twice
+    third = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "all records stand" in third.stdout and file.read_text().splitlines() == after
+
+
+def test_rows_are_chosen(tmp_path, capsys):
+    ex.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("04_flow Row(model='flow', solver='Euler()', steps=5")
+    assert len(ex.todo(folder=tmp_path)) == sum(map(len, ex.EXPERIMENTS.values())) * len(ex.TRAIN_SEEDS)
+
+
+@pytest.mark.parametrize("wrong, allowed", [("05_none", "04_flow"), ("--model none", "v cosine"), ("--grid none", "leading"), ("--seed 7", "2")])
+def test_what_does_not_exist_is_refused(wrong, allowed, capsys):
+    with pytest.raises(SystemExit):
+        ex.main(wrong.split())
+    assert allowed in capsys.readouterr().err
+
+
+def test_another_version_is_to_do_again(tmp_path):
+    (row,) = {r for r in ex.EXPERIMENTS["04_flow"] if r.model == "flow" and r.steps == 5}
+    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
+    r["source"] = ev.source_hash(ex.MADE_BY)
+    ev.write_record("04_flow", r, tmp_path)
+    chosen = dict(folder=tmp_path, seed=0, model="flow", steps=5)
+    assert ex.todo(["04_flow"], **chosen) == []
+    ev.write_record("04_flow", r | {"source": "older"}, tmp_path)
+    assert ex.todo(["04_flow"], **chosen) == [("04_flow", row, 0)]
+
+
+# -- measured numbers in the text ---------------------------------------------
+
+UNIT = (r"(?<![\w.^])\d+(?:[.,]\d+)?\s*(?:ms|s|seconds?|minutes?|it/s|iterations a second|MB|GB|F|%|per ?cent|"
+        r"times (?:faster|slower|better|worse|smaller|larger))(?![\w-])")
+NAME = r"(?i:\b(?:FD|FID|KID|W1|W_1|accuracy|loss|memorisation|ratio|floor)\b)[^.|\n]{0,30}?(?<![\w^{])\d+\.\d+"
+
+
+def measured(text):
+    "Numbers with a unit, or behind the name of a measure; not in code, formulas, or sentences that cite a source."
+    text = re.sub(r"(?s)```.*?```|~~~.*?~~~|`[^`]*`|\$\$.*?\$\$", "", text)
+    for sentence in re.split(r"(?<=[.?!])\s+|\n\s*\n", text):
+        if "{cite" not in sentence:
+            yield from (m.group(0) for m in re.finditer(f"{UNIT}|{NAME}", sentence))
+
+
+@pytest.mark.parametrize("name, text", [*sources(), ("README.md", (ROOT / "README.md").read_text())],
+                         ids=lambda v: v if len(v) < 40 else "")
+def test_no_measured_number_is_typed(name, text):
+    assert list(measured(text)) == [], f"{name}: print it by code, or read it from a record"
+
+
+@pytest.mark.parametrize("text", ["It takes 12 s.", "FD is 0.51 here", "we reach 1.2 F", "98.7 % are right", "the loss falls to 0.27",
+                                  "| DDIM | FD 1.52 |", "three times: 2 times faster"])
+def test_measured_numbers_are_found(text):
+    assert list(measured(text))
+
+
+@pytest.mark.parametrize("text", ["`fd(a, b)` 0.5", "on 1,000 samples", "FID 3.17 {cite:p}`Ho2020DDPM`", "$$F = 0.5$$", "at $t = 0.3$"])
+def test_other_numbers_are_not(text):
+    assert not list(measured(text))
