@@ -290,7 +290,7 @@ def estimate(
 ) -> float:  # seconds, roughly: as if no training were there yet
     "From a short timed training and one timed evaluation."
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if workers > 1 else threads)  # as they do
+    torch.set_num_threads(1)  # as they do
     x = digits("train").x
     data, steps = dict(run="results/estimate", fresh=True), 8
     made = fit(
@@ -373,7 +373,7 @@ def make_results(
     jobs = todo(names, again, folder=folder, **chosen)
     if not jobs:
         return print("all records stand")
-    workers = workers or _workers()
+    workers = min(workers or _workers(), len(_chains(jobs)))
     say = f"{len(jobs)} records of {len(_chains(jobs))} trainings, "
     minutes = estimate(jobs, workers) / 60
     say += f"{workers} at a time: about {minutes:.0f} minutes"
