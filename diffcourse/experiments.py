@@ -106,12 +106,8 @@ def _rows(models, solvers, steps, grids=("uniform",)):
     ]
 
 # %% ../nbs/20_experiments.ipynb #044680bf
-_V, _SPACED = ["v cosine"], (
-    "leading",
-    "linspace",
-    "trailing",
-    "quadratic",
-)
+_V = ["v cosine"]
+_SPACED = ("leading", "linspace", "trailing", "quadratic")
 EXPERIMENTS = {
     "02_predictions": _rows(
         list(MODELS)[:5], ["DDPM('small')"], (10, 50), ["late"]
