@@ -419,6 +419,14 @@ def write_record(
     text = "".join(json.dumps(r) + "\n" for r in [*kept, record])
     runs.atomic_write(file, text)
 
+# %% ../nbs/16_evaluation.ipynb #fec137c4
+def _is_current(record):
+    try:
+        now = source_hash(tuple(record["modules"]))
+    except (KeyError, FileNotFoundError):  # of a module that is gone
+        return False
+    return record["source"] == now
+
 # %% ../nbs/16_evaluation.ipynb #abf1599e
 class Records(list):
     "Records of one experiment: dicts, one a set of samples."
@@ -437,8 +445,7 @@ class Records(list):
 
     def old(self) -> "Records":
         "Those of another version of the code, the judge or the data."
-        hash = lambda r: source_hash(tuple(r["modules"]))
-        return Records(r for r in self if r["source"] != hash(r))
+        return Records(r for r in self if not _is_current(r))
 
     def caption(self) -> str:
         "Where and when they were recorded."

@@ -276,6 +276,12 @@ def test_records_of_another_version_are_marked_and_not_mixed(tmp_path):
         ev.pairs(only_old, found.where(train_seed=0))
 
 
+def test_records_of_a_version_that_had_other_modules():
+    gone, unknown = record(modules=["gone"]), record()
+    del unknown["modules"]
+    assert len(ev.Records([gone, unknown, record()]).old()) == 2
+
+
 def test_pairs(tmp_path):
     a = ev.Records(record(s, v) for s, v in enumerate((1.0, 2.0, 3.0)))
     b = ev.Records(record(s, v) for s, v in enumerate((2.0, 2.5, 3.5)))
