@@ -1,6 +1,7 @@
 """Tests use this checkout, and never the runs that the book made."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
 
 
 @pytest.fixture(autouse=True, scope="session")
