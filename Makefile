@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python book/build.py
 export TORCH_INDEX
 .DEFAULT_GOAL = help
-.PHONY: help env book smoke test nb results weights serve sync status clean
+.PHONY: help env book smoke test nb results poster weights serve sync status clean
 
 help:  ## this list
 	@awk -F ':[^#]*## *' '/^[a-z]+:.*##/ {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ status: env  ## which runs are fresh, and why the others are not
 
 results: env  ## make the records that are missing or out of date in diffcourse/results (ONLY=03_ddim: those of one experiment)
 	@.venv/bin/python -m diffcourse.experiments $(ONLY)
+
+poster: env  ## draw the summary of the records: build/poster.svg and build/poster.png
+	@.venv/bin/python -m diffcourse.leaderboard build/poster
 
 weights: env  ## publish the trained runs of build/digits as the package's weights
 	@$(RUN) weights

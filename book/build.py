@@ -27,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffcourse"
 BIN = Path(sys.executable).parent
-SHIPPED = ["digits/classifier", "digits/ddpm", "digits/flow"]    # runs whose weights the package carries, 3 MB each at most
+SHIPPED = ["digits/classifier", "digits/ddpm", "digits/flow", "digits/distilled-5", "digits/compact-5", "digits/meanflow",
+           "digits/one-step"]    # runs whose weights the package carries, 3 MB each at most
 JOBS = min(2, os.cpu_count() or 1)       # notebooks at a time: two with a thread each are faster than one with two threads
 
 

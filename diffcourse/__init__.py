@@ -25,9 +25,15 @@ _names = {
     "ddpm": "DenoisingLoss DDPM",
     "ddim": "DDIM invert slerp",
     "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
+    "solvers": "Heun Midpoint RK4 AB2 DPMSolver DPMpp order_list",
+    "distill": "Distillation compact",
+    "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
+    "WithFake make_pairs",
+    "leaderboard": "",
     "evaluation": "DigitClassifier score Score fd kid fid measure "
     "read_records",
     "experiments": "",
+    "speed": "",
     "plotting": "",
     "runs": "home",
 }

@@ -12,6 +12,7 @@ import pytest
 
 from diffcourse import evaluation as ev
 from diffcourse import experiments as ex
+from diffcourse import leaderboard as lb
 from test_front_matter import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,20 +22,69 @@ def test_experiments_are_what_the_book_says():
     for name, rows in ex.EXPERIMENTS.items():
         assert len(set(rows)) == len(rows), name
         for row in rows:
-            assert row.model in ex.MODELS and row.solver in ex.SOLVERS and row.grid in ex.GRIDS
-    assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == (1000, 2000)
+            assert row.model in ex.MODELS and row.grid in ex.GRIDS
+            assert hasattr(ex.solver_of(row.solver, row.steps), "step")
+            chosen = name in ex.SCREENED
+            assert row.seeds[1] <= 1000 if chosen else row.seeds in ex.NOISES  # chosen on other noise than reported
+    assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == ex.NOISES[0] == (1000, 2000)
+
+
+def test_recipes_name_models_that_exist_and_differ():
+    recipes = {k: m for k, m in ex.MODELS.items() if isinstance(m, ex.Recipe)}
+    for name, recipe in recipes.items():
+        assert {recipe.parent, recipe.teacher} - {None} <= set(ex.MODELS) - {name}
+        assert recipe.start in ex.STARTS and recipe.data in ("digits", "pairs")
+    prints = [ex.identity(m) for m in ex.MODELS]
+    assert len(set(prints)) == len(prints)
+
+
+def test_students_come_after_their_teachers():
+    order = [row.model for _, row, seed in ex.todo(again=True) if seed == 0]
+    for name, recipe in ex.MODELS.items():
+        if isinstance(recipe, ex.Recipe) and recipe.parent in order and name in order:
+            assert order.index(recipe.parent) < order.index(name)
+
+
+def test_the_modules_behind_a_row():
+    assert ex.made_by(ex.Row("flow", "Euler()", 5)) == ex.MADE_BY
+    assert ex.made_by(ex.Row("flow", "DPMSolver(3)", 4)) == (*ex.MADE_BY, "solvers")
+    assert ex.made_by(ex.Row("distilled 5", "Euler()", 5)) == (*ex.MADE_BY, "distill")
+    assert ex.made_by(ex.Row("drift", "Euler()", 1)) == (*ex.MADE_BY, "meanflow")
+
+
+def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path))
+    monkeypatch.setitem(ex.PAIRS, "grid", ex.uniform(2))
+    row = ex.Row("drift", "Euler()", 1, seeds=(2000, 2066))
+    made = ex.run_row("04_flow", row, 0, 2)
+    assert made["nfe"] == 1 and made["seeds"] == "2000-2065" and made["train_steps"] == 2
+    assert made["modules"][-1] == "meanflow" and "--seeds 2000-2065" in made["command"]
+    assert sorted(p.name for p in tmp_path.glob("runs/results/*-0")) == ["drift-0", "flow-0", "regression-0"]
+    assert ex.run_row("04_flow", row, 0, 2)["value"] == made["value"]
+
+
+def test_a_single_step_solver_that_no_budget_has():
+    with pytest.raises(ValueError, match=r"DPMSolver\(3\) takes \[2, 4, 7\] steps"):
+        ex.solver_of("DPMSolver(3)", 5)
 
 
 def test_every_record_is_committed():
     for name, rows in ex.EXPERIMENTS.items():
         found = ev.read_records(name)
         for row in rows:
-            for seed in ex.TRAIN_SEEDS:
-                one = found.where(model=row.model, solver=row.solver, grid=row.grid, steps=row.steps, train_seed=seed)
+            for seed in ex.TRAIN_SEEDS[:1] if name in ex.SCREENED else ex.TRAIN_SEEDS:
+                one = found.where(**ex.key(row), train_seed=seed)
                 assert len(one) == 1, (name, row, seed)
-                assert one[0]["n"] == 1000 and one[0]["seeds"] == "1000-1999"
-                assert one[0]["nfe"] == row.steps  # one evaluation a step, for one sample
+                assert one[0]["n"] == row.seeds[1] - row.seeds[0] == (500 if name in ex.SCREENED else 1000)
+                assert one[0]["nfe"] == evaluations(row), (name, row)  # for one sample
                 assert one[0]["command"] == ex.command(name, row, seed)
+
+
+def evaluations(row):
+    "Network evaluations for one sample, from the solver's name alone."
+    if row.solver.startswith("DPMSolver"):
+        return dict(zip((2, 4, 7) if "3" in row.solver else (3, 5, 10), ex.BUDGETS))[row.steps]
+    return row.steps * {"Heun()": 2, "Midpoint()": 2, "RK4()": 4}.get(row.solver, 1)
 
 
 def test_what_a_record_holds():
@@ -72,13 +122,26 @@ def test_quality_that_the_book_promises():
     assert mean("03_ddim", solver="DDIM()", grid="uniform", nfe=50) <= 4
 
 
+def test_quality_of_few_steps():
+    "Means of three training seeds and three sets of noise, in multiples of the floor."
+    flow = [r["value"] / r["floor"] for r in ev.read_records("05_solvers").where(model="flow", solver="DPMpp(2)", grid="uniform", nfe=10)]
+    assert len(flow) == 3 and sum(flow) / 3 <= 2
+    for nfe, most in ((2, 3.0), (1, 3.6)):
+        assert lb.best(nfe)[1][0].fd <= most
+    of = {(m.model, m.nfe): m.fd for m in lb.board()}
+    assert lb.best(1)[1][0].fd <= 1.8 * of["flow", 24]
+    assert of["distilled 5 compact", 5] <= 1.3 * of["distilled 5 accurate", 5]
+    for r in ev.read_records("07_one_step"):
+        assert r["memorisation"] >= 0.9, (r["model"], r["nfe"])
+
+
 # -- the command --------------------------------------------------------------
 
 SMALL = """
 from pathlib import Path
 from diffcourse import experiments as ex
-ex.STEPS, ex.SEEDS, ex.TRAIN_SEEDS = 2, (1000, 1066), (0, 1)
-ex.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3))}
+ex.STEPS, ex.TRAIN_SEEDS = 2, (0, 1)
+ex.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3), seeds=[(1000, 1066)])}
 if __name__ == "__main__":
     ex.make_results(["04_flow"], workers=1, folder=Path("records"))
 """
@@ -113,7 +176,8 @@ def test_rows_are_chosen(tmp_path, capsys):
     ex.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("04_flow Row(model='flow', solver='Euler()', steps=5")
-    assert len(ex.todo(folder=tmp_path)) == sum(map(len, ex.EXPERIMENTS.values())) * len(ex.TRAIN_SEEDS)
+    rows = sum(len(r) * (1 if n in ex.SCREENED else len(ex.TRAIN_SEEDS)) for n, r in ex.EXPERIMENTS.items())
+    assert len(ex.todo(folder=tmp_path)) == rows
 
 
 @pytest.mark.parametrize("wrong, allowed", [("05_none", "04_flow"), ("--model none", "v cosine"), ("--grid none", "leading"), ("--seed 7", "2")])
