@@ -79,9 +79,11 @@ class Recipe:
         own = {**vars(self), "loss": self.loss.__name__}
         for k in ("parent", "teacher"):
             own[k] = own[k] and identity(own[k])
+        if self.data == "pairs":
+            own["pairs"] = str(PAIRS)
         return {**own, "common": SETTINGS}
 
-
+# %% ../nbs/20_experiments.ipynb #76897993
 def identity(
     model: str,  # a key of MODELS
 ) -> str:
@@ -449,8 +451,8 @@ def _student(recipe, seed, steps):  # -> loss, network, data, settings
 # %% ../nbs/20_experiments.ipynb #f1d7584b
 def _pairs(den, seed, steps):  # made once for each teacher
     how = PAIRS if steps is None else PAIRS | {"n": 64}
-    weights = runs.fingerprint([dict(den.net.state_dict()), how["n"]])
-    file = runs.home() / "runs/results" / f"pairs-{weights}.safetensors"
+    name = runs.fingerprint([dict(den.net.state_dict()), str(how)])
+    file = runs.home() / "runs/results" / f"pairs-{name}.safetensors"
     with _lock(f"pairs-{seed}"):
         if not file.exists():
             runs.save_tensors(
@@ -582,9 +584,8 @@ def run_row(
 ) -> dict:  # the record
     "Train or fetch the model, sample, score."
     den, about = train(row.model, seed, steps)
-    grid, solver = GRIDS[row.grid](row.steps), solver_of(
-        row.solver, row.steps
-    )
+    grid = GRIDS[row.grid](row.steps)
+    solver = solver_of(row.solver, row.steps)
     each = dict(seeds=range(*row.seeds), batch=500)
     out = sample(den, (1, 8, 8), solver, grid, **each)
     found = asdict(score(out.x))

@@ -38,6 +38,13 @@ def test_recipes_name_models_that_exist_and_differ():
     assert len(set(prints)) == len(prints)
 
 
+def test_other_pairs_are_another_training(monkeypatch):
+    before = {m: ex.identity(m) for m in ("regression", "drift", "control")}
+    monkeypatch.setitem(ex.PAIRS, "grid", ex.uniform(3))
+    changed = {m for m, was in before.items() if ex.identity(m) != was}
+    assert changed == {"regression", "drift"}  # drift starts from the regression
+
+
 def test_students_come_after_their_teachers():
     order = [row.model for _, row, seed in ex.todo(again=True) if seed == 0]
     for name, recipe in ex.MODELS.items():

@@ -13,22 +13,11 @@ from diffcourse.sampling import Denoiser, Euler, NetworkTime
 from diffcourse.sampling import cosine, explicit, logsnr, quadratic, sample, trailing, uniform
 from diffcourse.solvers import AB2, RK4, DPMpp, DPMSolver, Heun, Midpoint, order_list
 from diffcourse.unet import UNet
+from test_ddim import Fake, normal
 
 SMOOTH = [Linear(), VP.cosine(), VP.linear(), VP.sigmoid()]
 FLOW = [Heun(), Midpoint(), RK4(), AB2()]
 LAM = [DPMSolver(k) for k in (1, 2, 3)] + [DPMpp(k) for k in (1, 2, 3)] + [DPMpp(3, published=True)]
-
-
-class Fake:
-    """A deterministic stand-in for a network, with a different answer at each time."""
-
-    def __call__(self, x, t):
-        return torch.tanh(x) * (0.3 + t.view(-1, *[1] * (x.ndim - 1)))
-
-
-def normal(*shape, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=gen, dtype=torch.float64)
 
 
 def error(path, solver, grid, predicts="x0"):
