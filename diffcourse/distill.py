@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ddpm import DenoisingLoss
 from .paths import Path, Prediction, expand, patch_to
 from .runs import fingerprint
 from .sampling import Denoiser
@@ -73,7 +72,19 @@ def follow(
     steps: int = 2,  # equal steps from t to s
     rule: str = "ddim",  # or "midpoint"
 ) -> Tensor:  # (B, …) states at s
-    "Where the teacher goes from x."
+    """Where the teacher goes from x.
+
+    Raises: ValueError where the midpoint rule asks for a flow that has
+    no value."""
+    slope = den.path.dalpha(t) + den.path.dsigma(t)
+    if (
+        rule == "midpoint"
+        and not torch.as_tensor(slope).isfinite().all()
+    ):
+        raise ValueError(
+            f"the flow has no value at t = 1 on {den.path}: follow the "
+            "teacher with rule='ddim', target='student'"
+        )
     for i in range(steps):
         now = t + (s - t) * (i / steps)
         then = t + (s - t) * ((i + 1) / steps)
@@ -165,7 +176,7 @@ class Distillation:
     loss: str = "huber"  # or "mse", "charbonnier"
     delta: float = 0.01  # of Huber and Charbonnier: where they bend
     weight: str = "plain"  # or "x0", "snr+1", "truncated"
-    anchor: float = 0.0  # share of the teacher's own loss on data
+    anchor: float = 0.0  # weight of the teacher's own loss on data
     features: float = 0.0  # weight of the teacher's inner features
 
     def __post_init__(self):
@@ -190,6 +201,11 @@ def _check_distillation(own):
             raise ValueError(f"{name}={value}: 0 or more")
     if not own.delta > 0:
         raise ValueError(f"delta={own.delta}: above 0 is needed")
+    if own.predicts in ("eps", "score") and own.path.alpha(1.0) == 0:
+        raise ValueError(
+            f"a teacher that predicts {own.predicts!r} knows no x0 at "
+            "t = 1, where its first step begins: take v, x0 or flow"
+        )
 
 # %% ../nbs/06_distill.ipynb #84826f45
 @patch_to(Distillation)
@@ -208,7 +224,8 @@ def __call__(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
     _move(self.teacher, x0.device)
     i = (draw.t() * self.steps).long()
     t, s = (i + 1) / self.steps, i / self.steps
-    x = self.path.add_noise(x0, draw.noise(), t)
+    eps = draw.noise()
+    x = self.path.add_noise(x0, eps, t)
     with torch.no_grad():
         y = follow(self.teacher, x, t, s, self.ratio, self.rule)
     want = landing(self.path, self.predicts, x, t, y, s)
@@ -220,8 +237,9 @@ def __call__(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
     if self.features:
         total = total + self.features * self._seen(out, x, t, y, s)
     if self.anchor:
-        own = DenoisingLoss(self.path, self.predicts)
-        total = total + self.anchor * own(net, x0, draw)
+        data = self.path.target(self.predicts, x0, eps, t)
+        own = (out - data).square().flatten(1).mean(1)
+        total = total + self.anchor * own
     return total
 
 
@@ -343,7 +361,10 @@ def _plan(steps, teacher_steps, target):
 
 def _start(student, teacher, data):  # the network that will learn
     if student is None:
-        return copy.deepcopy(teacher).requires_grad_(True)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        for m in student.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0  # noise on a target that has none
     one = data.shape[1:] if isinstance(data, Tensor) else data.shape
     check_student(student, teacher, tuple(one))
     return student

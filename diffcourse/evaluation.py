@@ -636,6 +636,25 @@ def pairs(
             found.append(Pairs(k, [x[s] - y[s] for s in both]))
     return found
 
+# %% ../nbs/16_evaluation.ipynb #a6694d66
+@patch_to(Records)
+def averaged(self) -> "Records":
+    "One record a training and sampler: the mean over sets of noise."
+    groups = {}
+    for r in self:
+        same = (*(k for k in KEY if k != "seeds"), "source")
+        groups.setdefault(tuple(r.get(k) for k in same), []).append(r)
+    return Records(_mean(own) for own in groups.values())
+
+
+def _mean(records):
+    seeds = ", ".join(r["seeds"] for r in records)
+    made = {**records[0], "seeds": seeds, "noises": len(records)}
+    for k in ("value", "fd2", "kid"):
+        if k in made:
+            made[k] = statistics.mean(r[k] for r in records)
+    return made
+
 # %% ../nbs/16_evaluation.ipynb #b0237c9d
 @torch.no_grad()
 def sort_digits(

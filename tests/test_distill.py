@@ -272,8 +272,9 @@ def test_anchor_adds_the_loss_on_data():
     den, net, x0 = teacher(), unet(1), images()
     plain, both = (Distillation(den, 5, anchor=a)(net, x0, draws(x0)) for a in (0.0, 0.5))
     own = draws(x0)
-    own.t(), own.noise()  # those of the states
-    data = FlowMatching()(net, x0, own)
+    t, eps = ((own.t() * 5).long() + 1) / 5, own.noise()  # at the states of the student, not at others
+    x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * eps
+    data = (net(x, t) - (eps - x0)).square().flatten(1).mean(1)
     assert torch.allclose(both, plain + 0.5 * data, rtol=1e-5)
 
 
@@ -284,6 +285,22 @@ def test_best_student_with_an_anchor():
         total = LOSSES[name](out - want, delta) + share * (out - u) ** 2
         best = float(out[total.argmin()])
         assert best == pytest.approx(want + pull / (1 + pull) * (u - want), abs=1e-5)
+
+
+def test_best_student_with_the_anchor_of_the_loss_itself():
+    "Least squares at t = 1: the best line is the mean of the two best lines, weighted 1 : c."
+    x0 = MIX.sample(4000, 0)[:, None]
+
+    def best(**more):  # of all a + b x, from the loss at four points: it is quadratic
+        loss = lambda a, b: float(Distillation(exact(), 1, 2, loss="mse", **more)(lambda x, t: a + b * x, x0, draws(x0)).mean())
+        o, a, b, c = loss(0, 0), loss(1, 0), loss(0, 1), loss(1, 1)
+        aa, bb = (a + loss(-1, 0)) / 2 - o, (b + loss(0, -1)) / 2 - o
+        h = torch.tensor([[2 * aa, c - a - b + o], [c - a - b + o, 2 * bb]])
+        return torch.linalg.solve(h, -torch.tensor([a - o - aa, b - o - bb]))
+
+    plain, naive = best(), best(anchor=1e6)
+    assert (plain - naive).abs().max() > 0.05
+    assert torch.allclose(best(anchor=0.5), (plain + 0.5 * naive) / 1.5, atol=1e-3)
 
 
 def test_middle_keeps_what_the_network_computes_there_and_lets_go():
@@ -486,6 +503,27 @@ def test_distillation_works_in_one_dimension_and_helps():
 def test_bad_options(given, said):
     with pytest.raises(ValueError, match=said):
         Distillation(**dict(teacher=exact(), steps=5) | given)
+
+
+def test_teachers_that_cannot_be_followed():
+    vp = VP.cosine()
+    with pytest.raises(ValueError, match="predicts 'eps' knows no x0 at t = 1"):
+        Distillation(Denoiser(MIX.net(vp, "eps"), vp, "eps"), 5)
+    den, x = Denoiser(MIX.net(VP.sigmoid(), "x0"), VP.sigmoid(), "x0"), normal(4, 1)
+    with pytest.raises(ValueError, match="no value at t = 1"):
+        follow(den, x, torch.ones(4), torch.full((4,), 0.8), rule="midpoint")
+    assert follow(den, x, torch.ones(4), torch.full((4,), 0.8)).isfinite().all()
+
+
+def test_a_student_has_no_dropout(home):
+    from torch import nn
+
+    from diffcourse.distill import _start
+
+    den = Denoiser(UNet(size=4, base=8, mults=(1,), blocks=1, attention=(), dropout=0.2), Linear(), "flow")
+    own = _start(None, den.net, images())
+    assert {m.p for m in own.modules() if isinstance(m, nn.Dropout)} == {0.0}
+    assert {m.p for m in den.net.modules() if isinstance(m, nn.Dropout)} == {0.2}
 
 
 def test_options_are_refused_before_any_training(home):

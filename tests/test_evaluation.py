@@ -293,6 +293,14 @@ def test_pairs(tmp_path):
     assert ev.pairs(a, ev.Records([record(0, nfe=7)])) == []
 
 
+def test_the_mean_over_sets_of_noise():
+    made = [record(s, v) | {"seeds": e} for s in (0, 1) for e, v in (("1000-1999", 1.0 + s), ("2000-2999", 4.0))]
+    other = record(0, 9.0) | {"source": "of other code", "seeds": "3000-3999"}
+    means = ev.Records([*made, other]).averaged()
+    assert [r["value"] for r in means] == [2.5, 3.0, 9.0]  # of other code: never in the same mean
+    assert [r["noises"] for r in means] == [2, 2, 1] and means[0]["seeds"] == "1000-1999, 2000-2999"
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"value": 1}', "null"])
 def test_a_damaged_record(tmp_path, line):
     ev.write_record("x", record(), tmp_path)

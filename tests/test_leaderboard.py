@@ -89,7 +89,9 @@ def test_what_a_method_says(small):
     of = {(m.name, m.nfe): m for m in lb.methods(small)}
     drift = of["drift", 1]  # noises averaged first
     assert drift.fd == pytest.approx(3) and drift.cells[0] == "3.00 ± 0.00"
-    assert drift.seconds == pytest.approx(0.2)  # 0.1 s for 500
+    assert drift.seconds == pytest.approx(0.2)  # 0.1 s for 500 images and one evaluation
+    small_one = of["distilled 5 compact", 5]  # 0.2 s for 500 and five, another network
+    assert small_one.seconds == pytest.approx(0.4) and of["flow, AB2", 5].seconds == pytest.approx(1.0)
     assert of["flow, AB2", 5].cells[0] == f"2.00 ± {statistics.stdev([1, 2, 3]):.2f}"
     assert of["distilled 5 compact", 5].parameters == 9 and of["flow, AB2", 5].parameters == 687_297
     students = {m.model for m in of.values() if m.student}
@@ -157,12 +159,16 @@ def test_frontier_by_its_definition(small, cost):
 
 
 def test_matched_and_answer(small):
-    assert lb.matched(5, small) is None
+    first = lb.matched(5, small)  # its three trainings scatter too much for a verdict
+    assert (first.name, first.nfe) == ("control, AB2", 5)
     assert (lb.matched(1, small).name, lb.matched(1, small).nfe) == ("control, AB2", 5)
+    with pytest.raises(ValueError, match="0 students at NFE 10"):
+        lb.matched(10, small)
     said = lb.answer((5, 1), small)
     assert said == ("Against the hardest undistilled rival at the same number of evaluations, the verdict on the best student is "
-                    "undecided at 5, better at 1. Evaluations for images as good without a student: more than we tried in place of 5 "
-                    "and 5 in place of 1.")
+                    "undecided at 5, better at 1. The fewest evaluations at which some undistilled method is not shown to be worse than "
+                    "it: 5 in place of 5 and 5 in place of 1.")
+    assert lb.answer(folder=small).count("in place of") == 3  # 5, 2 and 1: where there are students
 
 
 def test_table(small):
