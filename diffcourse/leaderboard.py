@@ -325,21 +325,22 @@ def matched(
     nfe: int,  # of the student
     folder: Path | None = None,
 ) -> Method | None:  # None: it beats them all
-    """The cheapest undistilled method that the best student of that
-    NFE is not shown to beat, by the pairs of their trainings.
+    """The first of those with the fewest evaluations whose hardest
+    rivals the best student of that NFE is not shown to beat.
 
     Raises: ValueError without a student."""
     student = versus(nfe, folder).student
-    rivals = [m for m in board(folder) if not m.student]
-    for m in sorted(rivals, key=lambda m: (m.nfe, m.fd)):
-        if _difference(m, student).verdict != "worse":
-            return m
+    for n in sorted({m.nfe for m in board(folder)}):
+        rivals = best(n, folder)[0]
+        if rivals and _gaps(student, rivals).verdict != "better":
+            return rivals[0]
 
 
-def _difference(a, b):  # a - b by training seed, on their noise
-    own = [_shared(a, b, r["train_seed"]) for r in b.by_seed]
-    gaps = [(x["value"] - y["value"]) / x["floor"] for x, y in own]
-    return Pairs(a.nfe, gaps)
+def _gaps(student, rivals):  # to the hardest of each training seed
+    seeds = [r["train_seed"] for r in student.by_seed]
+    duels = [_hardest(student, rivals, s)[0] for s in seeds]
+    gaps = [(a["value"] - b["value"]) / a["floor"] for a, b in duels]
+    return Pairs(student.nfe, gaps)
 
 # %% ../nbs/08_leaderboard.ipynb #a55c8c6a
 def _listed(words):
@@ -365,8 +366,8 @@ def answer(
     return (
         "Against the hardest undistilled rival at the same number of "
         f"evaluations, the verdict on the best student is "
-        f"{', '.join(said)}. The fewest evaluations at which some "
-        "undistilled method is not shown to be worse than it: "
+        f"{', '.join(said)}. The fewest evaluations at which it is "
+        "not shown to beat the hardest undistilled rivals: "
         f"{_listed(prices)}."
     )
 

@@ -166,8 +166,8 @@ def test_matched_and_answer(small):
         lb.matched(10, small)
     said = lb.answer((5, 1), small)
     assert said == ("Against the hardest undistilled rival at the same number of evaluations, the verdict on the best student is "
-                    "undecided at 5, better at 1. The fewest evaluations at which some undistilled method is not shown to be worse than "
-                    "it: 5 in place of 5 and 5 in place of 1.")
+                    "undecided at 5, better at 1. The fewest evaluations at which it is not shown to beat the hardest undistilled rivals: "
+                    "5 in place of 5 and 5 in place of 1.")
     assert lb.answer(folder=small).count("in place of") == 3  # 5, 2 and 1: where there are students
 
 
