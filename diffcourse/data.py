@@ -70,7 +70,7 @@ class Images(Dataset):
     @cached_property
     def hash(self):     # sha256 of shape and values: the set's identity
         return _sha(str(tuple(self.x.shape)).encode(),
-                    self.x.contiguous().numpy())
+                    self.x.cpu().contiguous().numpy())
 
     def __len__(self):
         return len(self.x)

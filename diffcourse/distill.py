@@ -76,15 +76,13 @@ def follow(
 
     Raises: ValueError where the midpoint rule asks for a flow that has
     no value."""
-    slope = den.path.dalpha(t) + den.path.dsigma(t)
-    if (
-        rule == "midpoint"
-        and not torch.as_tensor(slope).isfinite().all()
-    ):
-        raise ValueError(
-            f"the flow has no value at t = 1 on {den.path}: follow the "
-            "teacher with rule='ddim', target='student'"
-        )
+    if rule == "midpoint":
+        slope = den.path.dalpha(t) + den.path.dsigma(t)
+        if not slope.isfinite().all():
+            raise ValueError(
+                f"the flow of {den.path} has no value at some t: "
+                "follow with rule='ddim', target='student'"
+            )
     for i in range(steps):
         now = t + (s - t) * (i / steps)
         then = t + (s - t) * ((i + 1) / steps)
@@ -169,7 +167,7 @@ class Distillation:
     Raises: ValueError for what does not fit.
     Source: Salimans and Ho (2022), algorithm 2."""
 
-    teacher: Denoiser  # what is followed; its network is left as it is
+    teacher: Denoiser  # what is followed; moves to where the student is
     steps: int  # of the student: intervals of equal length
     ratio: int = 2  # teacher steps in an interval
     rule: str = "ddim"  # of the teacher's steps, or "midpoint"
@@ -213,8 +211,12 @@ def config(self) -> dict:
     "What this loss is, with the hash of the teacher's weights."
     own = {k: v for k, v in vars(self).items() if k != "teacher"}
     own["path"] = self.path.config()
-    net = self.teacher.net
-    state = getattr(net, "state_dict", dict)()
+    state = getattr(self.teacher.net, "state_dict", dict)()
+    if not state:
+        raise TypeError(
+            "the teacher has no weights, by which `fit` tells this "
+            "training from another: a module that has some is needed"
+        )
     return own | {"teacher": fingerprint(dict(state))}
 
 # %% ../nbs/06_distill.ipynb #d0851d9f
@@ -365,6 +367,7 @@ def _start(student, teacher, data):  # the network that will learn
         for m in student.modules():
             if isinstance(m, nn.Dropout):
                 m.p = 0.0  # noise on a target that has none
+        return student
     one = data.shape[1:] if isinstance(data, Tensor) else data.shape
     check_student(student, teacher, tuple(one))
     return student

@@ -206,14 +206,14 @@ def measure_floor(
         found.append(fd(real[order[:half]], real[order[half:]]))
     return found
 
-# %% ../nbs/16_evaluation.ipynb #3a1c37ef
-def _mmd(aa, bb, ab, u, v):  # u, v: how often each sample counts
+# %% ../nbs/16_evaluation.ipynb #93d5f91d
+def _mmd(aa, bb, ab, u, v):  # each row: how often a sample counts
     def within(k, w):
-        pairs = w.sum() ** 2 - (w * w).sum()
-        return (w @ k @ w - (w * w) @ k.diagonal()) / pairs
+        pairs = w.sum(1) ** 2 - (w * w).sum(1)
+        return ((w @ k * w).sum(1) - (w * w) @ k.diagonal()) / pairs
 
-    across = u @ ab @ v / (u.sum() * v.sum())
-    return float(within(aa, u) + within(bb, v) - 2 * across)
+    across = (u @ ab * v).sum(1) / (u.sum(1) * v.sum(1))
+    return within(aa, u) + within(bb, v) - 2 * across
 
 # %% ../nbs/16_evaluation.ipynb #28fc3596
 def kid(
@@ -232,14 +232,13 @@ def kid(
         (x @ y.T / a.shape[1] + 1) ** 3
         for x, y in ((a, a), (b, b), (a, b))
     ]
-    ones = [torch.ones(len(x), dtype=torch.float64) for x in (a, b)]
-    draws = []
-    for _ in range(repeats):
-        own = [
-            r.multinomial(len(x), [1 / len(x)] * len(x)) for x in (a, b)
-        ]
-        draws.append(_mmd(*k, *(torch.tensor(w).double() for w in own)))
-    return _mmd(*k, *ones), statistics.stdev(draws)
+    ones = [torch.ones(1, len(x)).double() for x in (a, b)]
+    draws = [
+        r.multinomial(len(x), [1 / len(x)] * len(x), repeats)
+        for x in (a, b)
+    ]
+    drawn = [torch.from_numpy(w).double() for w in draws]
+    return float(_mmd(*k, *ones)), float(_mmd(*k, *drawn).std())
 
 # %% ../nbs/16_evaluation.ipynb #8b786b1b
 def _nearest(

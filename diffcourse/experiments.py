@@ -13,7 +13,7 @@ import argparse, json, multiprocessing, os, statistics, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -29,8 +29,9 @@ from .evaluation import ClassifierLoss, DigitClassifier
 from .evaluation import Labelled, Records, classifier_hash
 from .evaluation import corruptions, environment, fd
 from .evaluation import features, floor, measure_floor
-from .evaluation import read_records, reference_hash, score
-from .evaluation import source_hash, to_bytes, write_record
+from .evaluation import read_records, reference_hash
+from .evaluation import results_folder, score, source_hash
+from .evaluation import to_bytes, write_record
 from .flow_matching import FlowMatching, LogitNormal
 from .meanflow import DistributionMatching, Drift, Intervals
 from .meanflow import MeanFlow, MeanFlowLoss, PairRegression
@@ -42,11 +43,11 @@ from .sampling import leading, linspace, logsnr
 from .sampling import quadratic, sample, trailing, uniform
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint, order_list
-from .training import fit
+from .training import Settings, fit
 from .unet import UNet, count_parameters
 
 # %% ../nbs/20_experiments.ipynb #8e58ea2e
-STEPS = 1500  # iterations of every training
+STEPS = 1500  # iterations of the six below
 TRAIN_SEEDS = (0, 1, 2)
 SEEDS = (1000, 2000)  # of the samples: a report, see the protocol
 
@@ -114,9 +115,8 @@ def _halved(**more):  # 10 -> 5, with one switch
     return _distilled(5, 2, "distilled 10", steps=200, **more)
 
 
-def _followed(few, **more):  # the accurate flow of the first teacher
-    ratio = max(2, 10 // few)
-    return _distilled(few, ratio, rule="midpoint", **more)
+def _followed(few):  # the accurate flow of the first teacher
+    return _distilled(few, max(2, 10 // few), rule="midpoint")
 
 # %% ../nbs/20_experiments.ipynb #f57bc7d1
 MODELS |= {
@@ -194,7 +194,6 @@ SOLVERS = {
     "DDPM('small')": DDPM("small"),
     "DDPM('large')": DDPM("large"),
     "DDIM()": DDIM(),
-    "DDIM(0.25)": DDIM(0.25),
     "DDIM(0.5)": DDIM(0.5),
     "DDIM(1.0)": DDIM(1.0),
     "Euler()": Euler(),
@@ -299,12 +298,12 @@ EXPERIMENTS = {
     "03_ddim": [
         *_rows(_V, ["DDIM()"], (5, 10, 20, 40, 50, 100)),
         *_rows(_V, ["DDIM()"], (5, 10, 20), _SPACED),
-        *_rows(_V, ["DDIM(0.25)", "DDIM(0.5)", "DDIM(1.0)"], (10, 50)),
+        *_rows(_V, ["DDIM(0.5)", "DDIM(1.0)"], (10, 50)),
     ],
     "04_flow": [
-        *_rows(["flow"], ["Euler()"], (1, 2, 5, 10, 20, 40, 100)),
-        *_rows(["flow logit-normal"], ["Euler()"], (5, 10, 40)),
-        *_rows(_V, ["DDIM()"], (5, 10, 20, 40), ["line"]),
+        *_rows(["flow"], ["Euler()"], (1, 2, 5, 10, 20, 40)),
+        *_rows(["flow logit-normal"], ["Euler()"], (5, 10)),
+        *_rows(_V, ["DDIM()"], (5, 10, 20), ["line"]),
     ],
 }
 
@@ -362,10 +361,10 @@ def _students():
     rows = _rows(five, ["Euler()"], (5,), **more)
     rows += _rows(["distilled 10"], ["Euler()"], (10,), **more)
     rows += _rows(["distilled 2 accurate"], ["Euler()"], (2,), **more)
-    rows += _rows(own, ["AB2()"], (2, 4, 5, 8, 10, 20, 40), **more)
+    rows += _rows(own, ["AB2()"], (2, 4, 5, 8, 10, 20), **more)
     rows += _rows(own, ["AB2()"], (5,), ["leading"], **more)
     rows += _rows(own, ["DPMpp(2)"], (5, 10), **more)
-    rows += _rows(own, ["Midpoint()"], (2,), **more)
+    rows += _rows(own, ["Midpoint()"], (1, 2), **more)
     rows += _rows(own, ["Euler()"], (2, 4, 5, 10, 20))
     rows += _rows(own, ["Euler()"], (5,), ["leading"])
     rows += _rows(own, ["AB2()"], (5,), ["cosine"])
@@ -387,10 +386,13 @@ def _ones():
 # %% ../nbs/20_experiments.ipynb #17a44563
 def _contest():  # few evaluations, on all three noises
     more = dict(seeds=NOISES[1:])
-    rows = _rows(_V, ["AB2()"], (4, 5, 10), **more)
-    rows += _rows(_FLOW, ["AB2()"], (2, 5), **more)
-    rows += _rows(_FLOW, ["DPMpp(2)"], (10,), **more)
-    rows += _rows(_FLOW, ["Euler()"], (5,), **more)
+    rows = _rows(_V, ["AB2()"], (4, 5, 8, 10), **more)
+    rows += _rows(_FLOW, ["AB2()"], (2, 5, 8), **more)
+    rows += _rows(_FLOW, ["Midpoint()"], (1,), **more)
+    for both in (_V, _FLOW):
+        rows += _rows(both, ["DPMpp(2)"], (8, 10, 20), **more)
+    rows += _rows(_FLOW, ["Euler()"], (1, 5, 40), **more)
+    rows += _rows(_V, ["DDIM()"], (40,), **more)
     mean = ["meanflow logit-normal p1"]
     rows += _rows(mean, ["MeanFlow()"], (2, 4, 5), **more)
     rows += _rows(["drift 2"], ["Euler()"], (2,), seeds=NOISES)
@@ -521,7 +523,7 @@ def second_judge():
         )
     return made.net.cpu()
 
-
+# %% ../nbs/20_experiments.ipynb #730a14ca
 def _second(x):  # -> (n, 64) features
     net = second_judge()
     x = to_bytes(x).cpu().float() / 127.5 - 1
@@ -533,6 +535,11 @@ def _second(x):  # -> (n, 64) features
 @cache
 def _second_real():
     return _second(digits("all").x)
+
+
+@cache
+def _second_hash():
+    return runs.fingerprint(dict(second_judge().state_dict()))
 
 # %% ../nbs/20_experiments.ipynb #bc04678d
 def _record(experiment, model, value, modules=(), device="cpu"):
@@ -570,6 +577,11 @@ def command(experiment: str, row: Row, seed: int) -> str:
     )
 
 # %% ../nbs/20_experiments.ipynb #d71792a9
+@lru_cache(maxsize=4)  # rows of one training follow each other
+def _trained(model, seed, steps, home):
+    return train(model, seed, steps)
+
+
 def run_row(
     experiment: str,  # a key of EXPERIMENTS
     row: Row,
@@ -577,7 +589,7 @@ def run_row(
     steps: int | None = None,  # iterations of the training
 ) -> dict:  # the record
     "Train or fetch the model, sample, score."
-    den, about = train(row.model, seed, steps)
+    den, about = _trained(row.model, seed, steps, runs.home())
     grid = GRIDS[row.grid](row.steps)
     solver = solver_of(row.solver, row.steps)
     each = dict(seeds=range(*row.seeds), batch=125)
@@ -590,6 +602,7 @@ def run_row(
     record |= key(row) | about | cost | found
     if experiment[:2] in ("06", "07"):
         record["fd2"] = fd(_second(out.x), _second_real())
+        record["feature_hash2"] = _second_hash()
     record["parameters"] = count_parameters(den.net)
     record["command"] = command(experiment, row, seed)
     return record
@@ -655,19 +668,22 @@ def todo(
         own = TRAIN_SEEDS[:1] if name in SCREENED else TRAIN_SEEDS
         for row in EXPERIMENTS.get(name, ()):
             if key(row) == key(row) | wanted:
-                for s in own if seed is None else (seed,):
-                    if not _stands(found, row, s):
+                for s in own:
+                    if seed in (None, s) and not _stands(found, row, s):
                         chosen.append((name, row, s))
     return sorted(chosen, key=_place)
 
 
-def _place(job):  # teachers before students, trainings in a block
+def _place(job):  # teachers before students, the longest first
     _, row, seed = job
-    generation, model = 0, MODELS[row.model]
+    generation, images, model = 0, 0, MODELS[row.model]
+    if isinstance(model, Recipe):
+        batch = model.settings.get("batch", Settings.batch)
+        images = model.steps * batch
     while isinstance(model, Recipe):
         generation += 1
         model = MODELS.get(model.parent)
-    return generation, seed, list(MODELS).index(row.model)
+    return generation, -images, seed, list(MODELS).index(row.model)
 
 # %% ../nbs/20_experiments.ipynb #04d1ddd5
 def _chains(jobs):  # the jobs of each training, one after the other
@@ -686,9 +702,10 @@ def estimate(
     torch.set_num_threads(1)  # as they do
     x = digits("train").x
     data, steps = dict(run="results/estimate", fresh=True), 8
-    made = fit(
-        DenoisingLoss(VP.cosine()), UNet(), x, steps=steps, **data
-    )
+    for n in (1, steps):  # the first starts what has to be started
+        made = fit(
+            DenoisingLoss(VP.cosine()), UNet(), x, steps=n, **data
+        )
     den = Denoiser(made.net, VP.cosine(), "v")
     out = sample(den, (1, 8, 8), n=250, grid=uniform(1))
     models = [MODELS[c[0][1].model] for c in _chains(jobs)]
@@ -740,15 +757,28 @@ def _workers():
         return 1
     return min(4, os.cpu_count() or 1)
 
-# %% ../nbs/20_experiments.ipynb #65d6460f
-def _arrange(names, folder):  # in the order of the experiment's rows
-    for name in names:
-        rows = [key(r) for r in EXPERIMENTS.get(name, ())]
+# %% ../nbs/20_experiments.ipynb #1b22e0ac
+def _arrange(names, folder):  # in the order of the rows; no others
+    for name in EXPERIMENTS.keys() & set(names):
+        rows = [key(r) for r in EXPERIMENTS[name]]
         own = lambda r: {k: r.get(k) for k in Row.__match_args__}
-        at = lambda r: rows.index(own(r)) if own(r) in rows else -1
-        place = lambda r: (at(r), r["train_seed"])
-        for record in sorted(_found(name, folder), key=place):
-            write_record(name, record, folder)
+        place = lambda r: (rows.index(own(r)), r["train_seed"])
+        kept = [r for r in _found(name, folder) if own(r) in rows]
+        file = (folder or results_folder()) / f"{name}.jsonl"
+        lines = [json.dumps(r) + "\n" for r in sorted(kept, key=place)]
+        runs.atomic_write(file, "".join(lines))
+
+
+def _must_exist(names, **chosen):  # an answer to a slip of the pen
+    known = [*UNTRAINED, *EXPERIMENTS]
+    if wrong := sorted(set(names) - set(known)):
+        raise ValueError(f"no experiment {wrong}; there are {known}")
+    asked = [n for n in names if n in EXPERIMENTS]
+    for k in ("again", "workers", "folder"):
+        chosen.pop(k, None)
+    chosen = {k: v for k, v in chosen.items() if v is not None}
+    if asked and not todo(asked, again=True, **chosen):
+        raise ValueError(f"no row of {asked} has {chosen}: see --list")
 
 
 def _line(name, r):  # what is said of a record
@@ -764,7 +794,10 @@ def make_results(
     folder=None,  # for the records; None: the package's
     **chosen,  # model=, solver=, grid=, steps=, seed=
 ):
-    "Make the records that are missing or out of date."
+    """Make the records that are missing or out of date.
+
+    Raises: ValueError where no row is as chosen."""
+    _must_exist(names, **chosen)
     _untrained(names, again, folder)
     jobs = todo(names, again, folder=folder, **chosen)
     if not jobs:
@@ -802,8 +835,10 @@ def main(arguments=None):
     p.add_argument("--list", action="store_true", help="only list them")
     given = vars(p.parse_args(arguments))
     names, listing = given.pop("names") or known, given.pop("list")
-    if wrong := sorted(set(names) - set(known)):
-        p.error(f"no experiment {wrong}; there are {known}")
+    try:
+        _must_exist(names, **given)
+    except ValueError as e:
+        p.error(str(e))
     if not listing:
         return make_results(names, **given)
     given.pop("workers")

@@ -145,8 +145,9 @@ def _methods(folder, when):  # read again where a file has changed
         groups.setdefault(key, Records()).append(r)
     made = [Method(*k, _newest(own)) for k, own in groups.items()]
     made = [m for m in made if len(m.by_seed) >= LEAST]
-    for size in {m.parameters for m in made}:
-        own = [m for m in made if m.parameters == size]
+    alike = lambda m: (m.parameters, m.records[0]["device"])
+    for kind in {alike(m) for m in made}:
+        own = [m for m in made if alike(m) == kind]
         pace = statistics.median(_paces(own))
         for m in own:
             m.pace = pace
@@ -198,7 +199,7 @@ def _hardest(student, rivals, seed):  # -> their two records, rival
 # %% ../nbs/08_leaderboard.ipynb #5bfc9f7d
 @dataclass
 class Versus:
-    "The best student against the best rival of each training seed."
+    "A student against the best rival of each training seed."
 
     student: Method
     rivals: list[Method]  # one a training seed
@@ -219,6 +220,19 @@ class Versus:
         )
 
 # %% ../nbs/08_leaderboard.ipynb #114e52fe
+def _contest(student, rivals):  # with the hardest of each training seed
+    seeds = [r["train_seed"] for r in student.by_seed]
+    found = [_hardest(student, rivals, s) for s in seeds]
+    a, b = (Records(r) for r in zip(*(two for two, _ in found)))
+    compared = pairs(a, b, at="n")
+    if not compared or len(compared[0].differences) < len(found):
+        raise ValueError(
+            f"the rivals of {student.name} are of another version of "
+            "the code: run make results"
+        )
+    return Versus(student, [r for _, r in found], compared[0])
+
+# %% ../nbs/08_leaderboard.ipynb #00e29768
 def versus(
     nfe: int,  # for one sample
     folder: Path | None = None,
@@ -235,18 +249,7 @@ def versus(
             f"{len(rivals)} undistilled rows and {len(students)} "
             f"students at NFE {nfe}; there are students at {at}"
         )
-    one = students[0]
-    found = [
-        _hardest(one, rivals, r["train_seed"]) for r in one.by_seed
-    ]
-    a, b = (Records(r) for r in zip(*(two for two, _ in found)))
-    compared = pairs(a, b)
-    if not compared or len(compared[0].differences) < len(found):
-        raise ValueError(
-            f"the rivals at NFE {nfe} are of another version of the "
-            "code: run make results"
-        )
-    return Versus(one, [r for _, r in found], compared[0])
+    return _contest(students[0], rivals)
 
 # %% ../nbs/08_leaderboard.ipynb #90df18b0
 def leaderboard(
@@ -270,8 +273,8 @@ def leaderboard(
 
 def _note(records):
     note = (
-        "FD / F: mean ± sd of the training seeds. KID ± its bootstrap "
-        f"error; {records.caption()}"
+        "FD / F: mean ± sd of the training seeds. KID: the mean, ± the "
+        f"bootstrap error of one set of noise; {records.caption()}"
     )
     if records.old():
         note += ". † another version of the code: run make results"
@@ -324,23 +327,17 @@ def pictures(
 def matched(
     nfe: int,  # of the student
     folder: Path | None = None,
-) -> Method | None:  # None: it beats them all
-    """The first of those with the fewest evaluations whose hardest
-    rivals the best student of that NFE is not shown to beat.
+) -> int | None:  # evaluations; None: it beats them all
+    """The fewest evaluations at which the best student of that NFE is
+    not shown to beat the hardest undistilled rivals.
 
     Raises: ValueError without a student."""
     student = versus(nfe, folder).student
     for n in sorted({m.nfe for m in board(folder)}):
         rivals = best(n, folder)[0]
-        if rivals and _gaps(student, rivals).verdict != "better":
-            return rivals[0]
-
-
-def _gaps(student, rivals):  # to the hardest of each training seed
-    seeds = [r["train_seed"] for r in student.by_seed]
-    duels = [_hardest(student, rivals, s)[0] for s in seeds]
-    gaps = [(a["value"] - b["value"]) / a["floor"] for a, b in duels]
-    return Pairs(student.nfe, gaps)
+        found = rivals and _contest(student, rivals).pairs
+        if found and found.verdict != "better":
+            return n
 
 # %% ../nbs/08_leaderboard.ipynb #a55c8c6a
 def _listed(words):
@@ -359,8 +356,7 @@ def answer(
     for n in nfes:
         word = versus(n, folder).pairs.verdict
         verdicts.setdefault(word, []).append(n)
-        m = matched(n, folder)
-        price = f"{m.nfe}" if m else "more than we tried"
+        price = matched(n, folder) or "more than we tried"
         prices.append(f"{price} in place of {n}")
     said = [f"{w} at {_listed(at)}" for w, at in verdicts.items()]
     return (
@@ -450,9 +446,10 @@ def _sheet(fig, folder):
     _rows(fig, pictures(10), (0.635, 0.45, 0.335, 0.375))
     _texts(fig, folder)
     small = (
-        f"{final_records(folder).caption()}. FD: mean of the "
-        "trainings, in multiples of F, that of two halves of the "
-        "real digits. Differences: student less rival, same noise."
+        f"{final_records(folder).caption()}. FD: mean of the trainings "
+        f"and of {BLOCKS} sets of noise, in multiples of F, that of "
+        "two halves of the real digits. Differences: student less "
+        "rival, same noise."
     )
     _write(fig, 0.04, 0.04, small, 11, 200, color="#555555")
 
@@ -502,10 +499,11 @@ def readme_table(folder: Path | None = None) -> str:
 
 def _readme_note(records):
     return (
-        "*Digits of 8x8 pixels, 1,000 samples. FD in multiples of F, "
-        "its value for two halves of the real digits; mean ± sd of "
-        "three trainings. The rival is the best undistilled row of "
-        f"each training seed. All {records.caption()}.*"
+        f"*Digits of 8x8 pixels, {BLOCKS} sets of 1,000 samples. FD in "
+        "multiples of F, its value for two halves of the real digits; "
+        "mean ± sd of three trainings. The rival is the best "
+        "undistilled row of each training seed. All "
+        f"{records.caption()}.*"
     )
 
 # %% ../nbs/08_leaderboard.ipynb #e54c2080

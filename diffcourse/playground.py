@@ -97,7 +97,8 @@ def _quantile(self, low, high):  # P(X <= x) and P(X > x) -> x
     left = low <= high
     tail = torch.where(left, low, high)
     sign = torch.where(left, 1.0, -1.0)
-    edges = self.means + self.stds * (sign * ndtri(tail))[..., None]
+    m, s = (a.to(tail.device) for a in (self.means, self.stds))
+    edges = m + s * (sign * ndtri(tail))[..., None]
     lo, hi = edges.amin(-1), edges.amax(-1)
     x, done = (lo + hi) / 2, torch.zeros_like(lo, dtype=torch.bool)
     for _ in range(200):
@@ -294,11 +295,12 @@ def loss_floor(
     lo = (noised.means - 12 * noised.stds).amin(-1).reshape(-1, 1)
     hi = (noised.means + 12 * noised.stds).amax(-1).reshape(-1, 1)
     grid = torch.linspace(0, 1, 4001, dtype=torch.float64)
-    x = lo + (hi - lo) * grid  # (T, n)
+    x = lo + (hi - lo) * grid.to(t.device)  # (T, n)
     x, a, s, noised, r, d = self._parts(x, t.reshape(-1), path)
     A, B = (c.reshape(-1, 1, 1) for c in _target(path, t, predicts))
-    a, s, var = a[..., None], s[..., None], self.stds**2
-    mean = A * (self.means + a * var * d) + B * s * d  # (T, n, K)
+    a, s = a[..., None], s[..., None]
+    m, var = self.means.to(t.device), self.stds.to(t.device) ** 2
+    mean = A * (m + a * var * d) + B * s * d  # (T, n, K)
     spread = (A * s - B * a) ** 2 * var / noised.stds**2 + mean**2
     variance = (r * spread).sum(-1) - (r * mean).sum(-1) ** 2
     return torch.trapezoid(noised.pdf(x) * variance, x).reshape(t.shape)

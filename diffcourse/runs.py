@@ -112,6 +112,8 @@ def check(
     listing = "; the parameters are: " + ", ".join(
         f"{k} = {v!r}" for k, v in names.items()
     )
+    if odd := sorted(rules.keys() - names.keys()):
+        raise NameError(f"rules for {odd}, no parameters{listing}")
     for k, v in _public(ns).items():
         try:
             ns[k] = _fit(ns, names, rules, k, v)
@@ -232,8 +234,9 @@ def _refuse_pickle(
     path: Path,  # a file that exists
 ):
     with open(path, "rb") as f:
-        start = f.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
+        start = f.read(9)  # safetensors: 8 bytes of length, then JSON
+    known = start[:2] == b"PK" or start[:1] == b"\x80"
+    if known and start[8:] != b"{":
         raise ValueError(
             f"{path} is a pickle (torch.save), which can run code when "
             "it is read: refused. Save the weights as safetensors "
@@ -271,6 +274,8 @@ def rng(
 ):  # -> numpy.random.Generator
     """A stream of random numbers for every tuple of integers.
 
+    Zeros at the end of a key do not count.
+
     Source: Philox, a counter-based generator (Salmon et al., 2011).
     """
     import numpy as np
@@ -304,23 +309,41 @@ def describe(
         return _describe_function(obj)
     return _describe_instance(obj)
 
-# %% ../nbs/19_runs.ipynb #abba5134
+# %% ../nbs/19_runs.ipynb #a7ee0337
 def _describe_tensor(x):
     raw = x.detach().cpu().contiguous().numpy().tobytes()
     digest = hashlib.sha256(raw).hexdigest()
     return [str(x.dtype), list(x.shape), digest]
 
 
-def _describe_function(f):
-    free = inspect.getclosurevars(f).nonlocals
-    free = {k: v for k, v in free.items() if v is not f}
-    return [_name(f), _source(f), describe(free)]
+def _describe_function(f, met=()):
+    used, met = inspect.getclosurevars(f), (*met, f)
+    free = {k: v for k, v in used.globals.items() if _shapes(v, f)}
+    said = {}
+    for k, v in sorted((free | used.nonlocals).items()):
+        if inspect.isfunction(v):
+            if not any(v is m for m in met):
+                said[k] = _describe_function(v, met)
+        else:
+            said[k] = describe(v)
+    return [_name(f), _source(f), describe(f.__defaults__), said]
+
+
+def _shapes(v, f):  # a global value that f depends on
+    if inspect.isfunction(v):
+        return v.__module__ == f.__module__
+    if inspect.ismodule(v) or inspect.isclass(v):
+        return False
+    plain = v is None or isinstance(v, (bool, int, float, str))
+    return plain or hasattr(v, "detach") or hasattr(v, "config")
 
 # %% ../nbs/19_runs.ipynb #ef047a23
 def _describe_instance(obj):
     kind = type(obj)
     if hasattr(obj, "config"):
-        return [_name(kind), describe(obj.config())]
+        said = [_name(kind), describe(obj.config())]
+        state = getattr(obj, "state_dict", dict)()
+        return said + [describe(dict(state))] if state else said
     if not hasattr(obj, "__dict__"):
         raise TypeError(
             f"cannot describe {obj!r}: give its class a config() method"
@@ -347,7 +370,17 @@ def _code_hash(
         if isinstance(first, ast.Expr):
             if isinstance(getattr(first.value, "value", None), str):
                 body[0] = ast.Pass()
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()
+
+
+def _plain(node):  # a tree as lists; what is empty is left out
+    if isinstance(node, list):
+        return [_plain(n) for n in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((k, _plain(v)) for k, v in ast.iter_fields(node))
+    own = [[k, v] for k, v in fields if v not in ([], "None")]
+    return [type(node).__name__, *own]
 
 # %% ../nbs/19_runs.ipynb #776bdf06
 def _source(
@@ -361,8 +394,15 @@ def _source(
     code = getattr(obj, "__code__", None)
     if code is None:
         return ""
-    plain = [c for c in code.co_consts if not hasattr(c, "co_code")]
-    return repr((code.co_code, code.co_names, plain))
+    return repr(_compiled(code))
+
+
+def _compiled(code):  # without names of files and numbers of lines
+    inner = [
+        _compiled(c) if hasattr(c, "co_code") else c
+        for c in code.co_consts
+    ]
+    return code.co_code, code.co_names, inner
 
 # %% ../nbs/19_runs.ipynb #c7170a9a
 def fingerprint(
@@ -378,7 +418,9 @@ def module_sources(
 ) -> dict:  # module -> hash of its code, imported modules included
     """The code that a run depends on.
 
-    Comments, blank lines and docstrings do not count.
+    Comments, blank lines and docstrings do not count. Imports from a
+    module are followed, such as `from .paths import expand`; of whole
+    modules, `from . import runs`, they are not: name these.
     """
     found, todo = {}, list(names)
     while todo:

@@ -68,6 +68,7 @@ def __call__(
 ) -> Prediction:
     "Evaluate the network once."
     t = as_time(t)
+    t = t.to(x.device) if t.ndim else t
     _check_states(x, t)
     out = self.net(x, t.to(x.device, x.dtype).expand(len(x)))
     if out.shape != x.shape:
@@ -316,6 +317,9 @@ class Solver:
 
     stochastic = False  # True: `step` draws noise
 
+    def check(self, steps: int):
+        "Raise ValueError where the rule cannot take that many."
+
     def reset(self):
         "Forget what was remembered of earlier steps."
 
@@ -388,6 +392,7 @@ def _solve(den, solver, times, final, keep, noise, x):
     if x is None:
         x = den.path.sigma(t[0]).float() * noise()
     states = [x]
+    solver.check(len(times) - 1)
     solver.reset()
     for now, then in zip(t, t[1:]):
         x = solver.step(den, x, now, then, noise)
@@ -421,9 +426,7 @@ def _in_batches(solve, den, shape, seeds, n, x, batch):
         parts.append(solve(noise, x_i))
         if i == 0:
             nfe = den.nfe - before
-    if len(parts) == 1:
-        return parts[0], nfe
-    return torch.cat([p.cpu() for p in parts], 1), nfe
+    return torch.cat(parts, 1), nfe
 
 # %% ../nbs/14_sampling.ipynb #0004e695
 def _count(seeds, n, x):
@@ -479,7 +482,7 @@ def _check_shapes(seeds, n, x, shape, batch):
 def _now(device):
     "The time in seconds, when the device has done its work."
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 # %% ../nbs/14_sampling.ipynb #61ddc01b

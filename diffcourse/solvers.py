@@ -157,23 +157,29 @@ class DPMSolver(Solver):
         "Begin the list of orders."
         self._taken = 0
 
-# %% ../nbs/05_solvers.ipynb #4d222d9b
+# %% ../nbs/05_solvers.ipynb #f1750073
 @patch_to(DPMSolver)
-def _next(self, path, s):
-    "The order of this step."
-    if isinstance(self.order, int):
-        return self.order
-    self._taken += 1
-    said, taken = len(self.order), self._taken
-    if taken > said or taken < said and path.sigma(s) == 0:
-        steps = f"{taken} or more" if taken > said else taken
+def check(self, steps: int):
+    "Is there one order a step?"
+    if isinstance(self.order, list) and len(self.order) != steps:
+        said = len(self.order)
         raise ValueError(
             f"{self!r} has {said} orders for {steps} steps: one order "
             f"a step is needed, as in uniform({said})"
         )
-    return self.order[taken - 1]
 
 
+@patch_to(DPMSolver)
+def _next(self):
+    "The order of this step."
+    if isinstance(self.order, int):
+        return self.order
+    self._taken += 1
+    if self._taken > len(self.order):  # stepped by hand
+        self.check(self._taken)
+    return self.order[self._taken - 1]
+
+# %% ../nbs/05_solvers.ipynb #b91c0c4a
 def _inside(path, t, s, n):
     "n times between t and s, even in lam; their shares of the step."
     a, b = _lam(path, t), _lam(path, s)
@@ -191,7 +197,7 @@ def _inside(path, t, s, n):
 @patch_to(DPMSolver)
 def step(self, den: Denoiser, x, t, s, noise):
     "One step of order 1, 2 or 3."
-    path, order = den.path, self._next(den.path, s)
+    path, order = den.path, self._next()
     times, r, h = _inside(path, t, s, order - 1)
     guess = den(x, t)
     eps, out = guess.eps, _first(guess, path, s)

@@ -26,7 +26,9 @@ from .training import fast_bf16
 # %% ../nbs/21_speed.ipynb #90a1c35a
 def _clock(device):
     "The time in seconds, when the device has done its work."
-    if device.type != "cpu":
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
@@ -46,14 +48,18 @@ def _tf32(on: bool):
     owners = torch.backends.cuda.matmul, torch.backends.cudnn
     parts = [owners[0]]
     parts += [getattr(owners[1], k, None) for k in ("conv", "rnn")]
-    new = "fp32_precision"  # since torch 2.9
-    kept = [(p, new, getattr(p, new)) for p in parts if hasattr(p, new)]
-    with suppress(RuntimeError):  # where old and new flags disagree
-        old = [(p, "allow_tf32", p.allow_tf32) for p in owners]
-        kept = old + kept
+    old, new = "allow_tf32", "fp32_precision"  # new: since torch 2.9
+    parts = [p for p in parts if hasattr(p, new)]
+    flags = [(p, old) for p in owners] + [(p, new) for p in parts]
+    kept = []
+    for p, name in flags:
+        with suppress(RuntimeError):  # where old and new disagree
+            kept.append((p, name, getattr(p, name)))
     try:
         for p in owners:
             p.allow_tf32 = on
+        for p in parts:  # else convolutions may inherit another
+            p.fp32_precision = "tf32" if on else "ieee"
         yield
     finally:
         for p, name, value in kept:
@@ -165,16 +171,16 @@ class Speed:
     nfe: int  # evaluations of one sampling
     seconds: float | None = None  # to sample a batch, the median
     training: float | None = None  # seconds an iteration, the median
-    memory: float | None = None  # MB at the peak; on CUDA alone
+    memory: float | None = None  # MB above the start; on CUDA alone
     setup: float | None = None  # seconds of the first runs: compiling
     difference: float | None = None  # largest, of the output
     note: str = ""  # why it was not measured, or what to know
 
 # %% ../nbs/21_speed.ipynb #dba709e4
-def _iteration(net, x):  # -> a function that trains once
+def _iteration(net, x, recorded):  # -> a function that trains once
     device, net = x.device, net.train().requires_grad_(True)
     opt = torch.optim.AdamW(
-        net.parameters(), 1e-4, capturable=device.type == "cuda"
+        net.parameters(), 1e-4, capturable=recorded
     )
     loss = FlowMatching()
     draw = SimpleNamespace(
@@ -189,32 +195,34 @@ def _iteration(net, x):  # -> a function that trains once
 
     return work
 
-# %% ../nbs/21_speed.ipynb #313f8af6
+# %% ../nbs/21_speed.ipynb #114d901d
 def _measure(name, net, x, t, steps, train, repeats):  # -> row, output
     device, shape, option = x.device, x.shape[1:], OPTIONS[name]
     row, cuda = Speed(name, len(x), steps), device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     net = copy.deepcopy(net).to(device).eval()
     with option.around():
         begin = _clock(device)
         fast = option.net(net, x, t).eval()
-        with torch.no_grad():
-            out = fast(x, t).float()
         den = Denoiser(fast, Linear(), "flow")
         own = Euler(), uniform(steps), 0, len(x)
         row.setup = _clock(device) - begin
         work = partial(sample, den, shape, *own)
         first, row.seconds = _timed(work, repeats, device)
         row.setup += first
+        with torch.no_grad():
+            out = fast(x, t).float()
         if train:
-            begin = _clock(device)
-            work = option.work(_iteration(fast, x))
+            begin, recorded = _clock(device), option.work is _captured
+            work = option.work(_iteration(fast, x, recorded))
             row.setup += _clock(device) - begin
             first, row.training = _timed(work, repeats, device)
             row.setup += first
     if cuda:
-        row.memory = torch.cuda.max_memory_allocated(device) / 2**20
+        peak = torch.cuda.max_memory_allocated(device)
+        row.memory = (peak - before) / 2**20
     return row, out
 
 # %% ../nbs/21_speed.ipynb #82fcf77d
@@ -289,7 +297,7 @@ def _row(name, why, net, x, t, settings, plain=None):
     if out is not None and plain is not None:
         row.difference = float((out - plain).abs().max())
     if name == "bf16" and not row.note and not fast_bf16(x.device):
-        row.note = "emulated: the hardware has none"
+        row.note = "no fast bf16 was found here"
     return row, out
 
 # %% ../nbs/21_speed.ipynb #375bbc55
@@ -299,7 +307,12 @@ def _inputs(batch, shape, device):
     return x, torch.linspace(0.05, 0.95, batch, device=device)
 
 # %% ../nbs/21_speed.ipynb #99f26b65
-def _check_speed(options, **numbers):
+def _check_speed(net, options, **numbers):
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"{type(net).__name__}: a network is needed, such as the "
+            ".net of a Denoiser"
+        )
     if unknown := [o for o in options if o not in OPTIONS]:
         raise ValueError(f"options {unknown}: choose of {[*OPTIONS]}")
     for name, value in numbers.items():
@@ -313,6 +326,15 @@ def _refusal(name, device, shape, compile):
     if name == "compile" and not compile:
         return "not asked for: compile=True (a minute on a CPU)"
     return OPTIONS[name].refuses(device, shape)
+
+
+@contextmanager
+def _alone(device):  # nothing of ours stays behind
+    cuda = device.type == "cuda"
+    here = torch.cuda.device(device) if cuda else nullcontext()
+    forked = torch.random.fork_rng([device] if cuda else [])
+    with here, forked, _tf32(False):
+        yield
 
 # %% ../nbs/21_speed.ipynb #dcd04704
 def speed(
@@ -329,18 +351,19 @@ def speed(
 ) -> Speeds:
     """Each option against plain float32 in the same run.
 
-    Raises: ValueError for unknown options and numbers below 1, and
-    whatever the network raises in plain float32."""
+    Raises: ValueError for unknown options and numbers below 1,
+    TypeError for what is no network, and whatever the network raises
+    in plain float32."""
     device = torch.device(device or runs.device())
     names = list(OPTIONS if options is None else options)
     counts = {f"others[{i}]": b for i, b in enumerate(others)}
-    _check_speed(names, batch=batch, steps=steps, repeats=repeats)
-    _check_speed(names, **counts)
+    numbers = dict(batch=batch, steps=steps, repeats=repeats)
+    _check_speed(net, names, **numbers, **counts)
     if compile is None:
         compile = device.type != "cpu"
     own = dict(steps=steps, train=train, repeats=repeats)
     x, t = _inputs(batch, shape, device)
-    with _tf32(False), torch.random.fork_rng():
+    with _alone(x.device):
         rows, plain = _all(names, net, x, t, own, compile, others)
     return Speeds(rows, *_about(device, plain))
 
@@ -363,10 +386,12 @@ def _all(names, net, x, t, own, compile, others):  # -> rows, output
 
 
 def _about(device, plain):  # -> device, largest output, note
-    said = environment(device)
+    name = environment(device)["device"]
+    if device.type not in ("cpu", "cuda"):  # of these CPUs it says more
+        name = f"{device.type}, {name}"
     largest = float(plain.abs().max())
-    note = f"measured on {said['device']}, torch {torch.__version__}"
+    note = f"measured on {name}, torch {torch.__version__}"
     note += f"; largest output {largest:.2f}"
     if device.type != "cuda":
         note += "; memory is told apart on CUDA alone"
-    return said["device"], largest, note
+    return name, largest, note

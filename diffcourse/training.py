@@ -297,8 +297,9 @@ def _gradient(method, x, flip, s, step, acc):  # -> mean loss
         draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
         key = runs.rng(s.seed, DROPOUT, step, lo)
         _seed_dropout(int(key.integers(2**32)), part.device)
-        with acc.accumulate(method), cast:
-            value = method(part, draw)
+        with acc.accumulate(method):
+            with cast:  # the way back takes the types of the way there
+                value = method(part, draw)
             acc.backward(value)
         total = total + value.detach().float() / s.accumulate
     return total
@@ -444,13 +445,19 @@ def _write_log(state):
 # %% ../nbs/15_training.ipynb #b94d2880
 @contextlib.contextmanager
 def _careful(state, progress):  # -> list, not empty after Ctrl-C
-    with torch.random.fork_rng(), contextlib.closing(progress):
+    where = next(state.net.parameters()).device
+    gpus = [where] if where.type == "cuda" else []
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    with torch.random.fork_rng(gpus), contextlib.closing(progress):
         with _interruptible() as asked:
             try:
                 yield asked
             except BaseException:
                 state.net.load_state_dict(state.start)
                 raise
+            finally:
+                cudnn.deterministic = before
 
 # %% ../nbs/15_training.ipynb #992ae376
 def _train(

@@ -17,11 +17,11 @@ import diffcourse as dc
 from diffcourse import runs
 from diffcourse.ddim import DDIM
 from diffcourse.distill import (
-    LOSSES, SETTINGS, WEIGHTS, Distillation, Middle, check_student, compact,
+    LOSSES, SETTINGS, WEIGHTS, Distillation, Middle, _start, check_student, compact,
     ddim_step, distill, follow, interval_weight, landing, midpoint_step, stages,
 )
 from diffcourse.flow_matching import FlowMatching
-from diffcourse.paths import PREDICTIONS, VP, Linear, Prediction
+from diffcourse.paths import PREDICTIONS, VP, Linear, Prediction, VPTable
 from diffcourse.playground import MLP, mixture, stratified_normal
 from diffcourse.sampling import Denoiser, Euler, sample, uniform
 from diffcourse.solvers import Midpoint
@@ -405,13 +405,13 @@ def test_two_stages_are_made_and_reused():
     student, made = train(den)
     assert [m.status for m in made] == ["trained"] * 2
     assert [m.folder.parent.name for m in made] == ["d-20-10", "d"]
-    assert same(before, den.net.state_dict()) and not any(p.requires_grad for p in den.net.parameters())
+    assert same(before, den.net.cpu().state_dict()) and not any(p.requires_grad for p in den.net.parameters())
     assert (student.path.config(), student.predicts) == (LINE.config(), "flow")
     again, reused = train(den)
     assert [m.status for m in reused] == ["reused"] * 2
     assert same(student.net.state_dict(), again.net.state_dict())
     loaded = dc.load("t/d")
-    assert same(student.net.state_dict(), loaded.net.state_dict()) and loaded.predicts == "flow"
+    assert same(student.net.cpu().state_dict(), loaded.net.state_dict()) and loaded.predicts == "flow"
 
 
 def test_an_interrupted_stage_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -451,6 +451,12 @@ def test_identity_follows_the_weights_of_the_teacher():
     assert identity(changed) != first
     for more in (dict(loss="mse"), dict(anchor=0.1), dict(ratio=4), dict(rule="midpoint"), dict(delta=0.1)):
         assert identity(teacher(0), **more) != first
+
+
+def test_a_teacher_without_weights_is_not_trained_from():
+    "Two functions would share a run, and the second be served the first's student."
+    with pytest.raises(TypeError, match="no weights"):
+        fit(Distillation(exact(), 5), MLP(), MIX.sample(8, 0).float()[:, None], run="t/none", steps=1)
 
 
 def test_targets():
@@ -510,16 +516,23 @@ def test_teachers_that_cannot_be_followed():
     with pytest.raises(ValueError, match="predicts 'eps' knows no x0 at t = 1"):
         Distillation(Denoiser(MIX.net(vp, "eps"), vp, "eps"), 5)
     den, x = Denoiser(MIX.net(VP.sigmoid(), "x0"), VP.sigmoid(), "x0"), normal(4, 1)
-    with pytest.raises(ValueError, match="no value at t = 1"):
+    with pytest.raises(ValueError, match="has no value at some t"):
         follow(den, x, torch.ones(4), torch.full((4,), 0.8), rule="midpoint")
     assert follow(den, x, torch.ones(4), torch.full((4,), 0.8)).isfinite().all()
 
 
+def test_a_teacher_on_a_table_is_followed():
+    "A discrete chain has no slope; DDIM's steps between its entries need none."
+    path, x = VPTable(torch.linspace(1e-3, 0.2, 100, dtype=torch.float64)), normal(4, 1)
+    t, s = torch.ones(4, dtype=torch.float64), torch.full((4,), 0.8, dtype=torch.float64)
+    den = Denoiser(lambda x, t: x * 0, path, "x0")  # every image is zero
+    y = follow(den, x, t, s)
+    assert torch.allclose(y, x * (path.sigma(s) / path.sigma(t))[:, None])
+    with pytest.raises(ValueError, match="a table has no derivative"):
+        follow(den, x, t, s, rule="midpoint")
+
+
 def test_a_student_has_no_dropout(home):
-    from torch import nn
-
-    from diffcourse.distill import _start
-
     den = Denoiser(UNet(size=4, base=8, mults=(1,), blocks=1, attention=(), dropout=0.2), Linear(), "flow")
     own = _start(None, den.net, images())
     assert {m.p for m in own.modules() if isinstance(m, nn.Dropout)} == {0.0}

@@ -67,6 +67,7 @@ def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
     assert made["nfe"] == 1 and made["seeds"] == "2000-2065" and made["train_steps"] == 2
     assert made["modules"][-1] == "meanflow" and "--seeds 2000-2065" in made["command"]
     assert sorted(p.name for p in tmp_path.glob("runs/results/*-0")) == ["drift-0", "flow-0", "regression-0"]
+    ex._trained.cache_clear()  # fetched from the disk
     assert ex.run_row("04_flow", row, 0, 2)["value"] == made["value"]
 
 
@@ -77,14 +78,44 @@ def test_a_single_step_solver_that_no_budget_has():
 
 def test_every_record_is_committed():
     for name, rows in ex.EXPERIMENTS.items():
-        found = ev.read_records(name)
+        found, seen = ev.read_records(name), 0
         for row in rows:
             for seed in ex.TRAIN_SEEDS[:1] if name in ex.SCREENED else ex.TRAIN_SEEDS:
                 one = found.where(**ex.key(row), train_seed=seed)
                 assert len(one) == 1, (name, row, seed)
+                seen += 1
                 assert one[0]["n"] == row.seeds[1] - row.seeds[0] == (500 if name in ex.SCREENED else 1000)
                 assert one[0]["nfe"] == evaluations(row), (name, row)  # for one sample
                 assert one[0]["command"] == ex.command(name, row, seed)
+        assert seen == len(found), f"{name} has records of no row"
+
+
+def test_one_second_judge():
+    judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in ev.read_records(name)}
+    assert len(judges) == 1 and None not in judges
+
+
+def test_a_choice_that_no_row_has(tmp_path, capsys):
+    for slip in (dict(steps=7), dict(seeds="1000-2000"), dict(modle="flow")):
+        with pytest.raises(ValueError, match="no row of .*--list"):
+            ex.make_results(["04_flow"], folder=tmp_path, **slip)
+    with pytest.raises(SystemExit):
+        ex.main(["04_flow", "--steps", "7"])
+    assert "no row of ['04_flow'] has {'steps': 7}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_screening_is_of_one_training_seed():
+    assert {s for _, _, s in ex.todo(["05_screening"], again=True)} == {0}
+    assert not ex.todo(["05_screening"], again=True, seed=1)
+
+
+def test_what_is_no_row_any_more_is_dropped(tmp_path):
+    name, text = "04_flow", (ev.results_folder() / "04_flow.jsonl").read_text()
+    old = json.loads(text.splitlines()[0]) | {"steps": 77}
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(old) + "\n" + text)
+    ex._arrange([name], tmp_path)
+    assert (tmp_path / f"{name}.jsonl").read_text() == text
 
 
 def evaluations(row):

@@ -122,6 +122,17 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, monkeypatch, how):
         runs.load_tensors(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("length", [0x180, 0x4B50])  # written: 80 01, and "PK"
+def test_a_safetensors_file_may_begin_like_a_pickle(tmp_path, length):
+    "It begins with the length of its header, which may be any multiple of 8."
+    file = tmp_path / "w.safetensors"
+    have = lambda: int.from_bytes(file.read_bytes()[:8], "little")
+    runs.save_tensors(file, {"w": torch.ones(2)}, {"note": ""})
+    runs.save_tensors(file, {"w": torch.ones(2)}, {"note": "x" * (length - have())})
+    assert have() == length
+    assert torch.equal(runs.load_tensors(file)[0]["w"], torch.ones(2))
+
+
 def test_random_streams():
     draw = lambda *key: tuple(runs.rng(*key).integers(2**62, size=2))
     keys = [(s, p, k) for s in range(12) for p in range(4) for k in range(12)]
@@ -141,6 +152,25 @@ class Box:
         self.v = v
 
 
+WEIGHT, RATE = 0.5, 1.0
+
+
+def inner(x):
+    return x * RATE
+
+
+def outer(x):
+    return inner(x) * WEIGHT
+
+
+def even(n):
+    return n == 0 or odd(n - 1)
+
+
+def odd(n):
+    return n != 0 and even(n - 1)
+
+
 def test_fingerprints():
     same = [
         (functools.partial(scale, by=3), functools.partial(scale, by=3)),
@@ -155,6 +185,8 @@ def test_fingerprints():
         (1, 1.0), (True, 1), ("1", 1), (None, 0),
         (Box(1), Box(2)),
         (lambda x: x + 1, lambda x: x + 2),
+        (lambda x, k=2: x * k, lambda x, k=3: x * k),
+        (lambda x: [y + 1 for y in x], lambda x: [y + 2 for y in x]),
     ]
     assert all(runs.fingerprint(a) == runs.fingerprint(b) for a, b in same)
     assert all(runs.fingerprint(a) != runs.fingerprint(b) for a, b in other)
@@ -163,6 +195,34 @@ def test_fingerprints():
     assert runs.fingerprint(make(1)) == runs.fingerprint(make(1))
     with pytest.raises(TypeError, match="config"):
         runs.fingerprint(object())
+
+
+@pytest.mark.parametrize("name, value", [("WEIGHT", 0.25), ("RATE", 2.0), ("inner", lambda x: x)])
+def test_a_function_is_told_by_what_it_takes_from_its_notebook(monkeypatch, name, value):
+    before = runs.fingerprint(outer)
+    assert runs.fingerprint(outer) == before != runs.fingerprint(inner)
+    monkeypatch.setitem(outer.__globals__, name, value)
+    assert runs.fingerprint(outer) != before
+
+
+def test_functions_that_call_each_other():
+    assert runs.fingerprint(even) != runs.fingerprint(odd)
+
+
+def test_a_network_is_told_by_its_weights():
+    from diffcourse.unet import UNet
+
+    nets = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        nets.append(runs.fingerprint(Box(UNet(size=4, base=8, attention=(2,)))))
+    assert nets[0] == nets[1] != nets[2]
+
+
+def test_the_hash_of_code_is_that_of_every_python():
+    "Python 3.12 and 3.13 write the same tree in other words than 3.11."
+    code = "class A:\n    x: int = 0\n\n    def f(self, *a, k=None):\n        'Said.'\n        return f'{k!r}' 'b'\n"
+    assert runs._code_hash(code) == "5fe22ebf50e87ee1f52c336e12f21702f25bd1e50cf10ffe564265bc9f80628c"
 
 
 def test_module_sources_follow_imports_and_ignore_comments(tmp_path, monkeypatch):

@@ -414,8 +414,13 @@ def test_budgets_that_do_not_exist(nfe):
 
 def test_lists_of_another_length():
     den = Denoiser(Fake(), Linear(), "flow")
-    for orders, message in (([2, 1], "2 orders for 3 or more steps"), ([1] * 4, "4 orders for 3 steps")):
-        bad(lambda: sample(den, (1,), DPMSolver(orders), uniform(3), n=2), message)
+    for orders, message in (([2, 1], "2 orders for 3 steps"), ([1] * 4, "4 orders for 3 steps")):
+        for grid in (uniform(3), uniform(3, 0.9, 0.1)):  # to the data, and to an end before them
+            bad(lambda: sample(den, (1,), DPMSolver(orders), grid, n=2), message)
+    assert den.nfe == 0
+    solver = DPMSolver([1])  # stepped by hand
+    solver.step(den, torch.zeros(2, 1), 0.9, 0.5, None)
+    bad(lambda: solver.step(den, torch.zeros(2, 1), 0.5, 0.1, None), "1 orders for 2 steps")
 
 
 def test_crossed_lambda_limits():

@@ -65,7 +65,7 @@ def equal(a, b):
 
 def test_killed_at_random_moments_it_reaches_the_same_bits():
     script = Path(__file__).with_name("kill_training.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a GPU survives no fork
     env["PYTHONPATH"] = str(script.parent.parent)
     out = subprocess.run(
         [sys.executable, script, "6"], capture_output=True, text=True, env=env
