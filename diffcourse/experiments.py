@@ -673,7 +673,7 @@ def todo(
                         chosen.append((name, row, s))
     return sorted(chosen, key=_place)
 
-
+# %% ../nbs/20_experiments.ipynb #32ee1dbe
 def _place(job):  # teachers before students, the longest first
     _, row, seed = job
     generation, images, model = 0, 0, MODELS[row.model]
