@@ -763,10 +763,12 @@ def _arrange(names, folder):  # in the order of the rows; no others
         rows = [key(r) for r in EXPERIMENTS[name]]
         own = lambda r: {k: r.get(k) for k in Row.__match_args__}
         place = lambda r: (rows.index(own(r)), r["train_seed"])
-        kept = [r for r in _found(name, folder) if own(r) in rows]
-        file = (folder or results_folder()) / f"{name}.jsonl"
-        lines = [json.dumps(r) + "\n" for r in sorted(kept, key=place)]
-        runs.atomic_write(file, "".join(lines))
+        found = _found(name, folder)
+        kept = sorted((r for r in found if own(r) in rows), key=place)
+        if kept != found:
+            file = (folder or results_folder()) / f"{name}.jsonl"
+            text = "".join(json.dumps(r) + "\n" for r in kept)
+            runs.atomic_write(file, text)
 
 
 def _must_exist(names, **chosen):  # an answer to a slip of the pen
@@ -801,6 +803,7 @@ def make_results(
     _untrained(names, again, folder)
     jobs = todo(names, again, folder=folder, **chosen)
     if not jobs:
+        _arrange(names, folder)
         return print("all records stand")
     workers = min(workers or _workers(), len(_chains(jobs)))
     say = f"{len(jobs)} records of {len(_chains(jobs))} trainings, "

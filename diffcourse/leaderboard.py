@@ -145,7 +145,7 @@ def _methods(folder, when):  # read again where a file has changed
         groups.setdefault(key, Records()).append(r)
     made = [Method(*k, _newest(own)) for k, own in groups.items()]
     made = [m for m in made if len(m.by_seed) >= LEAST]
-    alike = lambda m: (m.parameters, m.records[0]["device"])
+    alike = lambda m: (round(m.parameters, -5), m.records[0]["device"])
     for kind in {alike(m) for m in made}:
         own = [m for m in made if alike(m) == kind]
         pace = statistics.median(_paces(own))

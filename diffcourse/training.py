@@ -448,7 +448,7 @@ def _careful(state, progress):  # -> list, not empty after Ctrl-C
     where = next(state.net.parameters()).device
     gpus = [where] if where.type == "cuda" else []
     cudnn = torch.backends.cudnn
-    before, cudnn.deterministic = cudnn.deterministic, True
+    before, cudnn.deterministic = cudnn.deterministic, True  # exact
     with torch.random.fork_rng(gpus), contextlib.closing(progress):
         with _interruptible() as asked:
             try:

@@ -114,8 +114,9 @@ def test_what_is_no_row_any_more_is_dropped(tmp_path):
     name, text = "04_flow", (ev.results_folder() / "04_flow.jsonl").read_text()
     old = json.loads(text.splitlines()[0]) | {"steps": 77}
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(old) + "\n" + text)
-    ex._arrange([name], tmp_path)
+    ex._arrange(ex.EXPERIMENTS, tmp_path)
     assert (tmp_path / f"{name}.jsonl").read_text() == text
+    assert len([*tmp_path.iterdir()]) == 1, "and nothing is made where nothing was"
 
 
 def evaluations(row):
