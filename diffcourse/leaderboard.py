@@ -428,7 +428,7 @@ def _texts(fig, folder):
         "student gain? Digits of 8 × 8 pixels, three trainings each."
     )
     _write(fig, 0.04, 0.897, question, 17, 130, **grey)
-    same = "From the same noises, with the NFE; real digits below."
+    same = "Shipped networks, same noises, with the NFE; below: real."
     _write(fig, 0.53, 0.855, same, 14, 80)
     one = answer(folder=folder), 15.5, 60
     y = _write(fig, 0.53, 0.42, *one, weight="bold") - 0.025

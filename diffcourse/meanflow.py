@@ -220,7 +220,7 @@ class MeanFlowLoss:
 
     Raises: FloatingPointError for a derivative that is not finite;
     TypeError for a network that takes one time.
-    Source: Geng et al. (2025), algorithm 1, with our time."""
+    Source: Geng et al. (2025), algorithm 1, with t before r."""
 
     law: Intervals = field(default_factory=Intervals)  # of (t, r)
     power: float = 0.5  # of the adaptive weight; 0: plain mean square
@@ -400,7 +400,7 @@ def make_pairs(
     """Noises, as sample(seeds=…) draws them, and where they lead.
 
     Raises: ValueError for seeds that belong to the evaluation, for a
-    solver that draws noise or a grid that starts late."""
+    solver that draws noise or a grid that does not start at t = 1."""
     grid = grid if isinstance(grid, Grid) else explicit(grid)
     _check_pairs(seed, solver, grid)
     shape = shape or _shape(den.net)
@@ -509,7 +509,7 @@ class WithFake(nn.Module):
 
 # %% ../nbs/07_meanflow.ipynb #eadf480d
 class DistributionMatching:
-    """Push images from where the student is dense to where it should.
+    """Push images from where the student is dense to where data are.
 
     Raises: ValueError for a teacher that is no flow on the linear
     path, TypeError for a network that is no WithFake.

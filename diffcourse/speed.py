@@ -324,7 +324,7 @@ def _check_speed(net, options, **numbers):
 
 def _refusal(name, device, shape, compile):
     if name == "compile" and not compile:
-        return "not asked for: compile=True (a minute on a CPU)"
+        return "not asked for: compile=True (minutes on a CPU)"
     return OPTIONS[name].refuses(device, shape)
 
 
