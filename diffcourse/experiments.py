@@ -75,6 +75,11 @@ class Recipe:
     steps: int = 300  # iterations
     settings: dict = field(default_factory=dict)  # beside SETTINGS
 
+    @property
+    def batch(self) -> int:
+        "Images of an iteration."
+        return self.settings.get("batch", Settings.batch)
+
     def config(self) -> dict:
         own = {**vars(self), "loss": self.loss.__name__}
         for k in ("parent", "teacher"):
@@ -680,8 +685,7 @@ def _place(job):  # teachers before students, the longest first
     _, row, seed = job
     generation, images, model = 0, 0, MODELS[row.model]
     if isinstance(model, Recipe):
-        batch = model.settings.get("batch", Settings.batch)
-        images = model.steps * batch
+        images = model.steps * model.batch
     while isinstance(model, Recipe):
         generation += 1
         model = MODELS.get(model.parent)
