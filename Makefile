@@ -1,4 +1,4 @@
-# The commands of the project; `make` alone lists them. All that is made lies in .venv and build.
+# The commands of the project; `make` alone lists them. What the book makes lies in .venv and build.
 PYTHON ?= python3
 RUN = .venv/bin/python book/build.py
 export TORCH_INDEX

@@ -201,6 +201,14 @@ def parts(nb: str, scale: str) -> dict[str, str]:
             **{other: digest(parts(other, scale)) for other in makers(nb)}}
 
 
+def newest(nb: str, scale: str) -> dict[str, str]:
+    """Which runs stand behind the names that this notebook makes or loads: a run by hand at another size takes a name over."""
+    loaded = strings(nb, loaded=True) & set().union(*map(makes, makers(nb)))
+    names = sorted(name for name in makes(nb) | loaded if not name.startswith("results/"))  # those of `make results`
+    files = {name: ROOT / "build" / scale / "runs" / name / "latest.json" for name in names}
+    return {f"run {name}": json.loads(file.read_text())["identity"] for name, file in files.items() if file.exists()}
+
+
 def executed(nb: str, scale: str) -> Path:
     return ROOT / "build" / scale / f"{nb}.ipynb"
 
@@ -213,8 +221,12 @@ def stale(nb: str, scale: str) -> str:
         return "not run yet"
     except (ValueError, KeyError):
         return "its run cannot be read"
-    now = parts(nb, scale)
-    return ", ".join(sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)))
+    now = parts(nb, scale) | newest(nb, scale)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    groups = {}
+    for key in changed:
+        groups.setdefault(key.rpartition("/")[0] or key.partition(".")[0], []).append(key)
+    return ", ".join(", ".join(keys) if len(keys) <= 3 else f"{group} ({len(keys)})" for group, keys in groups.items())
 
 
 # ---------------------------------------------------------------- running
@@ -244,7 +256,7 @@ def run_notebook(nb: str, scale: str, bar: bool) -> tuple[float, str]:
         what = f"{error.ename}: {error.evalue}" if where else f"{type(error).__name__}: {error}"
         return time.perf_counter() - start, f"{where}{what}\n    what ran of it: {failed.relative_to(ROOT)}"
     seconds = time.perf_counter() - start
-    out.metadata[PACKAGE] = {"parts": decided, "seconds": round(seconds, 1)}
+    out.metadata[PACKAGE] = {"parts": decided | newest(nb, scale), "seconds": round(seconds, 1)}
     running.write_text(json.dumps(out, indent=1, ensure_ascii=False))
     os.replace(running, executed(nb, scale))
     failed.unlink(missing_ok=True)
@@ -396,6 +408,9 @@ def tensors(safetensors: bytes) -> bytes:
 def weights() -> None:
     """Publish the newest digits runs of the names in SHIPPED as the weights of the package."""
     folder, index = ROOT / PACKAGE / "weights", {}
+    for nb in notebooks():
+        if makes(nb) & {*SHIPPED} and (why := stale(nb, "digits")):
+            stop(f"weights: {nb} is out of date ({why}): make book")
     for name in SHIPPED:
         runs = ROOT / "build" / "digits" / "runs" / name
         if not (runs / "latest.json").exists():

@@ -38,9 +38,10 @@ from .meanflow import MeanFlow, MeanFlowLoss, PairRegression
 from .meanflow import Reflow, WithFake, make_pairs
 from .meanflow import trainable, with_interval
 from .paths import VP
-from .sampling import Denoiser, Euler, cosine, explicit
-from .sampling import leading, linspace, logsnr
-from .sampling import quadratic, sample, trailing, uniform
+from .sampling import Denoiser, Euler, Solver
+from .sampling import cosine, explicit, leading, linspace
+from .sampling import logsnr, quadratic, sample, trailing
+from .sampling import uniform
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint, order_list
 from .training import Settings, fit
@@ -169,12 +170,12 @@ MODELS |= {
 
 # %% ../nbs/20_experiments.ipynb #e01d15de
 _SOFT = {"lr": 5e-4}  # what is nearly right moves in small steps
+_CROWD = _SOFT | {"batch": 512}  # a large crowd balances better
 
 
-def _drifting(parent, few):  # a large crowd balances better
+def _drifting(parent, few):
     options = {"taus": (0.25, 1.0, 3.0), "steps": few}
-    own = dict(settings=_SOFT | {"batch": 512})
-    return Recipe(Drift, options, parent, **own)
+    return Recipe(Drift, options, parent, settings=_CROWD)
 
 
 MODELS |= {
@@ -192,6 +193,9 @@ MODELS |= {
     "drift": _drifting("regression", 1),
     "drift 2": _drifting("distilled 2 accurate", 2),
     "drift 5": _drifting("distilled 5 accurate", 5),
+    "control 512": Recipe(
+        FlowMatching, parent="control", settings=_CROWD
+    ),
 }
 
 # %% ../nbs/20_experiments.ipynb #aa930c46
@@ -216,7 +220,10 @@ SOLVERS = {
 BUDGETS = (5, 10)  # evaluations of the singlestep solvers
 
 # %% ../nbs/20_experiments.ipynb #454887b4
-def solver_of(name: str, steps: int):
+def solver_of(
+    name: str,  # a key of SOLVERS
+    steps: int,  # of the row
+) -> Solver:
     """The solver of a row.
 
     Raises: ValueError for singlestep lists that no budget has."""
@@ -233,18 +240,18 @@ def solver_of(name: str, steps: int):
     return DPMSolver(fitting[0])
 
 # %% ../nbs/20_experiments.ipynb #5aa67728
-def late(steps):
+def late(steps: int):
     "Even steps from t = 0.98: at 1, eps alone tells nothing of x0."
     return uniform(steps, start=0.98)
 
 
-def line(steps):
+def line(steps: int):
     "Times of the cosine path that lie evenly on the linear path."
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return explicit((2 / torch.pi * torch.atan2(u, 1 - u)).tolist())
 
 
-def clipped(steps):
+def clipped(steps: int):
     "Even steps in lam, between the two times at which it is large."
     return logsnr(steps, start=0.995, end=0.005)
 
@@ -388,6 +395,10 @@ def _ones():
     rows += _rows([*ones, "control"], ["Euler()"], (1,), seeds=NOISES)
     rows += _rows(["reflow"], ["Euler()"], (2, 5))
     rows += _rows(_FLOW, ["Midpoint()"], (12,), seeds=NOISES)
+    more = ["control 512"]  # the rival of the drifts
+    rows += _rows(more, ["Euler()", "Midpoint()"], (1,), seeds=NOISES)
+    rows += _rows(more, ["AB2()"], (4, 5), seeds=NOISES)
+    rows += _rows(more, ["AB2()"], (5,), ["leading"], seeds=NOISES)
     return rows + _contest()
 
 # %% ../nbs/20_experiments.ipynb #17a44563
@@ -492,18 +503,22 @@ def _about(made, model, seed, steps):
 MADE_BY = ("ddpm", "ddim", "flow_matching", "unet", "training", "data")
 
 
+def _lineage(model):  # the models behind a model, and itself
+    own, made = {model}, MODELS[model]
+    if isinstance(made, Recipe):
+        for name in {made.parent, made.teacher} - {None}:
+            own |= _lineage(name)
+    return own
+
+
 def made_by(row: Row) -> tuple:  # the modules behind a row
     "Those of the model, of its parents, and of the solver."
     own = {"solvers"} if SOLVERS[row.solver] in _LATER else set()
-    todo = [MODELS[row.model]]
     own |= {"meanflow"} if row.solver == "MeanFlow()" else set()
-    while todo:
-        recipe = todo.pop()
-        if isinstance(recipe, Recipe):
-            own.add(recipe.loss.__module__.partition(".")[2])
-            own |= {"meanflow"} if recipe.data == "pairs" else set()
-            names = recipe.parent, recipe.teacher
-            todo += [MODELS[n] for n in names if n]
+    for made in map(MODELS.get, _lineage(row.model)):
+        if isinstance(made, Recipe):
+            own.add(made.loss.__module__.partition(".")[2])
+            own |= {"meanflow"} if made.data == "pairs" else set()
     return (*MADE_BY, *sorted(own - set(MADE_BY)))
 
 
@@ -691,7 +706,7 @@ def _place(job):  # teachers before students, the longest first
         model = MODELS.get(model.parent)
     return generation, -images, seed, list(MODELS).index(row.model)
 
-# %% ../nbs/20_experiments.ipynb #04d1ddd5
+# %% ../nbs/20_experiments.ipynb #9f214796
 def _chains(jobs):  # the jobs of each training, one after the other
     chains = {}
     for job in jobs:
@@ -699,6 +714,12 @@ def _chains(jobs):  # the jobs of each training, one after the other
     return list(chains.values())
 
 
+def _iterations(made):  # in those of a first training, roughly
+    if not isinstance(made, Recipe):
+        return STEPS
+    return made.steps * max(2, made.batch / Settings.batch)
+
+# %% ../nbs/20_experiments.ipynb #04d1ddd5
 def estimate(
     jobs: list,  # of `todo`
     workers: int = 1,  # processes at a time
@@ -714,9 +735,9 @@ def estimate(
         )
     den = Denoiser(made.net, VP.cosine(), "v")
     out = sample(den, (1, 8, 8), n=250, grid=uniform(1))
-    models = [MODELS[c[0][1].model] for c in _chains(jobs)]
-    its = sum(2 * getattr(m, "steps", STEPS / 2) for m in models)
-    training = its * made.seconds / steps  # a student's cost about two
+    wanted = {(m, j[2]) for j in jobs for m in _lineage(j[1].model)}
+    its = sum(_iterations(MODELS[m]) for m, _ in wanted)
+    training = its * made.seconds / steps
     sampling = sum(j[1].steps for j in jobs) * 4 * out.seconds
     torch.set_num_threads(threads)
     return (training + sampling) / workers
@@ -786,12 +807,11 @@ def _must_exist(names, **chosen):  # an answer to a slip of the pen
     known = [*UNTRAINED, *EXPERIMENTS]
     if wrong := sorted(set(names) - set(known)):
         raise ValueError(f"no experiment {wrong}; there are {known}")
-    asked = [n for n in names if n in EXPERIMENTS]
     for k in ("again", "workers", "folder"):
         chosen.pop(k, None)
     chosen = {k: v for k, v in chosen.items() if v is not None}
-    if asked and not todo(asked, again=True, **chosen):
-        raise ValueError(f"no row of {asked} has {chosen}: see --list")
+    if chosen and not todo(names, again=True, **chosen):
+        raise ValueError(f"no row of {names} has {chosen}: see --list")
 
 
 def _line(name, r):  # what is said of a record
@@ -811,16 +831,17 @@ def make_results(
 
     Raises: ValueError where no row is as chosen."""
     _must_exist(names, **chosen)
-    _untrained(names, again, folder)
+    if all(v is None for v in chosen.values()):  # they have no rows
+        _untrained(names, again, folder)
     jobs = todo(names, again, folder=folder, **chosen)
     if not jobs:
         _arrange(names, folder)
         return print("all records stand")
+    floor()  # every score needs it: if it is missing, say so now
     workers = min(workers or _workers(), len(_chains(jobs)))
     say = f"{len(jobs)} records of {len(_chains(jobs))} trainings, "
-    minutes = estimate(jobs, workers) / 60
-    say += f"{workers} at a time: about {minutes:.0f} minutes"
-    print(say, flush=True)
+    minutes = f"{estimate(jobs, workers) / 60:.0f} minutes"
+    print(f"{say}{workers} at a time: about {minutes}", flush=True)
     begin = time.perf_counter()
     for i, (name, record) in enumerate(_work(jobs, workers), 1):
         write_record(name, record, folder)

@@ -21,6 +21,7 @@ from .evaluation import Pairs, Records, Table, pairs
 from .evaluation import _by_seed, _cell, _newest
 from .evaluation import read_records, results_folder
 from .experiments import Recipe
+from .flow_matching import FlowMatching
 from .paths import patch_to
 from .sampling import sample, uniform
 from .unet import UNet, count_parameters
@@ -60,9 +61,11 @@ class Method:
 
     @property
     def student(self) -> bool:
-        "Trained to need few evaluations; the control is not."
-        made = isinstance(MODELS.get(self.model), Recipe)
-        return made and self.model != "control"
+        "Trained to need few evaluations; the controls are not."
+        made = MODELS.get(self.model)
+        if not isinstance(made, Recipe):
+            return False
+        return made.loss is not FlowMatching  # that of a control
 
     @property
     def noises(self) -> int:
@@ -159,17 +162,21 @@ def _paces(methods):
         yield 1000 * r["seconds"] / (r["n"] * r["nfe"])
 
 # %% ../nbs/08_leaderboard.ipynb #c70cdaa0
-def board(folder: Path | None = None) -> list[Method]:
+def board(
+    folder: Path | None = None,  # of records; None: the package's
+) -> list[Method]:
     "The methods that were scored on all sets of noise."
     return [m for m in methods(folder) if m.noises >= BLOCKS]
 
 
 def best(
     nfe: int,  # for one sample
-    folder: Path | None = None,
+    folder: Path | None = None,  # of records; None: the package's
     every: bool = False,  # True: those on fewer noises too, behind
 ) -> tuple[list[Method], list[Method]]:  # undistilled, students
-    "The methods at that NFE, the smallest mean FD first."
+    """The methods at that NFE, the smallest mean FD first.
+
+    With `every`, those on more sets of noise come before the others."""
     own = methods(folder) if every else board(folder)
     at = [m for m in own if m.nfe == nfe]
     at.sort(key=lambda m: (-m.noises, m.fd))
@@ -235,27 +242,32 @@ def _contest(student, rivals):  # with the hardest of each training seed
 # %% ../nbs/08_leaderboard.ipynb #00e29768
 def versus(
     nfe: int,  # for one sample
-    folder: Path | None = None,
+    folder: Path | None = None,  # of records; None: the package's
     model: str | None = None,  # of the student; None: the best
 ) -> Versus:
     """Does the student beat the hardest rivals at equal NFE?
 
     Raises: ValueError without a student, or without a rival."""
-    rivals, students = best(nfe, folder)
-    students = [m for m in students if model in (None, m.model)]
-    if not rivals or not students:
-        at = sorted({m.nfe for m in methods(folder) if m.student})
+    rivals, known = best(nfe, folder)
+    students = [m for m in known if model in (None, m.model)]
+    if not rivals:
+        at = sorted({m.nfe for m in board(folder) if not m.student})
+        here = f"no undistilled row at NFE {nfe}"
+        raise ValueError(f"{here}; there are some at {at}")
+    if not students:
+        at = sorted({m.nfe for m in board(folder) if m.student})
+        there = [m.model for m in known] or f"students at {at}"
+        named = f" named {model!r}" if model else ""
         raise ValueError(
-            f"{len(rivals)} undistilled rows and {len(students)} "
-            f"students at NFE {nfe}; there are students at {at}"
+            f"0 students{named} at NFE {nfe}; there are {there}"
         )
     return _contest(students[0], rivals)
 
 # %% ../nbs/08_leaderboard.ipynb #90df18b0
 def leaderboard(
-    nfes=NFES,
+    nfes=NFES,  # evaluations for one sample
     rivals: int = 1,  # undistilled rows at each NFE; None: all
-    folder: Path | None = None,
+    folder: Path | None = None,  # of records; None: the package's
 ) -> Table:
     "The best undistilled rows and all students at each NFE."
     rows, shown = [], []
@@ -283,10 +295,14 @@ def _note(records):
 # %% ../nbs/08_leaderboard.ipynb #d803c2ad
 def frontier(
     cost: str = "nfe",  # or "seconds"
-    chosen: list | None = None,  # methods; None: all
-    folder: Path | None = None,
+    chosen: list | None = None,  # methods; None: those of the board
+    folder: Path | None = None,  # of records; None: the package's
 ) -> list[Method]:
-    "Those that nothing as cheap is as good as, cheapest first."
+    """Those that nothing as cheap is as good as, cheapest first.
+
+    Raises: ValueError for another cost."""
+    if cost not in ("nfe", "seconds"):
+        raise ValueError(f"cost = {cost!r}: 'nfe' or 'seconds'")
     chosen = board(folder) if chosen is None else chosen
     order = sorted(chosen, key=lambda m: (getattr(m, cost), m.fd))
     kept, least = [], math.inf
@@ -326,7 +342,7 @@ def pictures(
 # %% ../nbs/08_leaderboard.ipynb #cb314c9d
 def matched(
     nfe: int,  # of the student
-    folder: Path | None = None,
+    folder: Path | None = None,  # of records; None: the package's
 ) -> int | None:  # evaluations; None: it beats them all
     """The fewest evaluations at which the best student of that NFE is
     not shown to beat the hardest undistilled rivals.
@@ -347,7 +363,7 @@ def _listed(words):
 
 def answer(
     nfes=None,  # None: all at which there are students
-    folder: Path | None = None,
+    folder: Path | None = None,  # of records; None: the package's
 ) -> str:
     "What a student gains at equal NFE, in two sentences."
     if nfes is None:
@@ -362,8 +378,8 @@ def answer(
     return (
         "Against the hardest undistilled rival at the same number of "
         f"evaluations, the verdict on the best student is "
-        f"{', '.join(said)}. The fewest evaluations at which it is "
-        "not shown to beat the hardest undistilled rivals: "
+        f"{', '.join(said)}. The fewest evaluations at which the "
+        "hardest undistilled rivals are no longer shown to be behind: "
         f"{_listed(prices)}."
     )
 

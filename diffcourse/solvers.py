@@ -24,7 +24,7 @@ def _flow(den, x, t):
 
 # %% ../nbs/05_solvers.ipynb #829e34a3
 def _sees(den, s):
-    "Whether the flow has a value at the end s of a step."
+    "Whether we look at the flow at the end s of a step."
     if den.predicts == "flow":
         return True
     path = den.path
@@ -36,9 +36,10 @@ def _sees(den, s):
 class Heun(Solver):
     """The mean of the slopes at both ends: second order, NFE 2 a step.
 
-    Where the flow has no value at the end of a step, at sigma = 0 for
-    "eps", "x0" and "score" or where sigma' is infinite, the step is
-    Euler's.
+    The step is Euler's, NFE 1, where the end is not looked at: at
+    sigma = 0 for "x0", which leaves the flow open there, by choice for
+    "eps" and "score", and where sigma' is infinite, unless the network
+    predicts the flow itself.
 
     Raises: ValueError where the flow has no value at the start.
     Source: Karras et al. (2022), algorithm 1."""
@@ -68,8 +69,8 @@ class Midpoint(Solver):
 class RK4(Solver):
     """The classic Runge-Kutta rule: fourth order, NFE 4 a step.
 
-    Where the flow has no value at the end of a step (see `Heun`), the
-    step is `Midpoint`'s.
+    Where the end of a step is not looked at (see `Heun`), the step is
+    `Midpoint`'s, NFE 2.
 
     Raises: ValueError where the flow has no value at the start.
     Source: Kutta (1901)."""
@@ -131,11 +132,11 @@ class DPMSolver(Solver):
     """Taylor in lam of the noise, by steps inside a step; NFE = order.
 
     A step whose lam is infinite at an end (t = 1 where alpha = 0, and
-    s = 0) has no inner points: it is of first order, DDIM, and costs
-    one evaluation. On a table the nearest entries are the inner points.
-
-    Raises: ValueError for an order that does not exist, or for a list
-    that has another length than the steps.
+    s = 0) has no inner points: it is of first order, DDIM, NFE 1. On a
+    table the nearest entries are the inner points, if there are any.
+    Raises: ValueError for an order that does not exist, for a list
+    that has another length than the steps, or in a step where the
+    prediction leaves x0 or eps open, as "eps" does at alpha = 0.
     Source: Lu et al. (2022), DPM-Solver, algorithms 1 and 2."""
 
     def __init__(
@@ -217,16 +218,16 @@ def step(self, den: Denoiser, x, t, s, noise):
 # %% ../nbs/05_solvers.ipynb #edd528e7
 def order_list(
     order: int,  # the highest order: 1, 2 or 3
-    nfe: int,  # the budget: evaluations
+    nfe: int,  # the budget: evaluations, 1 or more
     path: Path | None = None,  # for a grid from t = 1 to 0 on it
-) -> list:  # orders for DPMSolver, one a step
+) -> list:  # orders for DPMSolver, one a step; their sum is nfe
     """The orders that spend a budget, where all lam are finite.
 
     With a path, the steps at its infinite ends are those of order 1
     that they become in any case, and the rest is spent between them.
 
     Raises: ValueError for an order or a budget that does not exist.
-    Source: Lu et al. (2022), DPM-Solver, section 3.4."""
+    Source: Lu et al. (2022), DPM-Solver-fast."""
     order = _order(order)
     if type(nfe) is not int or nfe < 1:
         raise ValueError(f"nfe = {nfe!r}: an integer >= 1 is needed")
@@ -246,9 +247,9 @@ class DPMpp(Solver):
 
     Of lower order while the past is short; of first order at a step
     from or to an infinite lam, which is no past for the steps after.
-
-    Raises: ValueError for an order, or published=True, without rule.
-    Source: Lu et al. (2025), algorithm 2; order 3: their code."""
+    Raises: ValueError for an order, or published=True, without rule; in
+    a step where x0 or eps is open, as with "eps" at alpha = 0.
+    Source: Lu et al. (2025), algorithm 2; order 3: their dpm-solver."""
 
     def __init__(
         self,

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("same each time", derandomize=True, database=None, deadline=None)
+settings.load_profile("same each time")
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
 

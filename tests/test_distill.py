@@ -540,10 +540,10 @@ def test_a_student_has_no_dropout(home):
 
 
 def test_options_are_refused_before_any_training(home):
-    for more in (dict(loss="l1"), dict(anchor=-1.0)):
-        with pytest.raises(ValueError):
+    for more, says in ((dict(loss="l1"), "'l1'"), (dict(anchor=-1.0), "-1.0")):
+        with pytest.raises(ValueError, match=says):
             train(teacher(), **more)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="los"):
         train(teacher(), los="mse")
     with pytest.raises(ValueError, match="can be distilled to"):
         train(teacher(), steps=3)

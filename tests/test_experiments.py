@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def test_experiments_are_what_the_book_says():
             chosen = name in ex.SCREENED
             assert row.seeds[1] <= 1000 if chosen else row.seeds in ex.NOISES  # chosen on other noise than reported
     assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == ex.NOISES[0] == (1000, 2000)
+    with pytest.raises(ValueError, match="must not teach"):  # no noise of the report makes pairs
+        ex.make_pairs(ex.Denoiser(ex.UNet(), ex.MODELS["flow"].path, "flow"), 2, max(ex.NOISES)[1] - 1)
 
 
 def test_recipes_name_models_that_exist_and_differ():
@@ -103,6 +106,46 @@ def test_a_choice_that_no_row_has(tmp_path, capsys):
         ex.main(["04_flow", "--steps", "7"])
     assert "no row of ['04_flow'] has {'steps': 7}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_of_rows_leaves_the_floor_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(ex, "_work", lambda jobs, workers: iter(()))
+    monkeypatch.setattr(ex, "estimate", lambda *_: 0.0)
+    names = [*ex.UNTRAINED, *ex.EXPERIMENTS]
+    ex.make_results(names, again=True, folder=tmp_path, model="drift", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_make_results_without_a_floor_says_so_before_it_trains(monkeypatch):
+    def none():
+        raise FileNotFoundError("no records '16_floor'")
+    monkeypatch.setattr(ex, "floor", none)
+    monkeypatch.setattr(ex, "_work", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(FileNotFoundError, match="16_floor"):
+        ex.make_results(["04_flow"], again=True, seed=0)
+
+
+def test_the_estimate_counts_ancestors_and_batches():
+    assert ex._lineage("drift 2") == {"drift 2", "distilled 2 accurate", "flow"}
+    assert ex._lineage("distribution matching") == {"distribution matching", "regression", "flow"}
+    long, large = (ex._iterations(ex.MODELS[m]) for m in ("control", "control 512"))
+    assert large == 2 * long  # half as many iterations, of eight times the images
+
+
+def test_the_estimate_counts_each_training_once(monkeypatch):
+    monkeypatch.setattr(ex, "fit", lambda *_, steps, **__: types.SimpleNamespace(net=None, seconds=float(steps)))
+    monkeypatch.setattr(ex, "Denoiser", lambda *_: None)
+    monkeypatch.setattr(ex, "sample", lambda *_, **__: types.SimpleNamespace(seconds=0.0))
+    jobs = ex.todo(["07_one_step"], again=True, seed=0, model="drift 2")
+    assert len(jobs) > 1
+    want = sum(ex._iterations(ex.MODELS[m]) for m in ("drift 2", "distilled 2 accurate", "flow"))
+    assert ex.estimate(jobs) == ex.estimate(jobs[:1]) == want
+    assert ex.estimate(jobs, workers=2) == want / 2
+
+
+def test_a_choice_among_what_has_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no row of .'16_floor'. has .'seed': 0"):
+        ex.make_results(["16_floor"], again=True, folder=tmp_path, seed=0)
 
 
 def test_the_screening_is_of_one_training_seed():

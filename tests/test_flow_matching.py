@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
+from diffcourse.ddim import DDIM
 from diffcourse.ddpm import DenoisingLoss
 from diffcourse.flow_matching import FlipTime, FlowMatching, LogitNormal, log_likelihood
 from diffcourse.paths import VP, Linear, linear_betas
@@ -255,17 +256,15 @@ def test_step_for_step_equal_to_diffusers(steps, shift):
 
 @pytest.mark.parametrize("grid", [uniform(7), quadratic(5)])
 def test_ddim_is_euler_on_the_linear_path(grid):
-    ddim = pytest.importorskip("diffcourse.ddim")
     z = rand(20, 3)
     den = Denoiser(fake, LINE, "flow")
-    a, b = (sample(den, (3,), solver, grid, x=z).x for solver in (ddim.DDIM(), Euler()))
+    a, b = (sample(den, (3,), solver, grid, x=z).x for solver in (DDIM(), Euler()))
     assert (a - b).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("path", [VP.cosine(), VP.linear()])
 def test_ddim_on_a_vp_path_is_euler_on_the_linear_one(path):
     """Scaled by alpha + sigma, at the times sigma / (alpha + sigma)."""
-    ddim = pytest.importorskip("diffcourse.ddim")
     grid, z = uniform(9), rand(40, 1)
     t = grid.times(path)
     total = path.alpha(t) + path.sigma(t)
@@ -278,7 +277,7 @@ def test_ddim_on_a_vp_path_is_euler_on_the_linear_one(path):
         seen = Denoiser(MIX.net(path, "v"), path, "v")(x * scale, u)
         return seen.eps - seen.x0
 
-    one = sample(Denoiser(MIX.net(path, "v"), path, "v"), (1,), ddim.DDIM(), grid, x=z)
+    one = sample(Denoiser(MIX.net(path, "v"), path, "v"), (1,), DDIM(), grid, x=z)
     den = Denoiser(translated, LINE, "flow")
     two = sample(den, (1,), Euler(), explicit(line.tolist()), x=z / total[0])
     assert (one.x - two.x).abs().max() < 1e-6
@@ -415,7 +414,7 @@ def test_bad_input():
         LogitNormal().pdf(1.5)
     with pytest.raises(ValueError, match="'xt'"):
         FlipTime(fake, takes="t, x")
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="predicts"):
         FlowMatching(LINE, predicts="v")
     den = Denoiser(MIX.net(LINE, "flow"), LINE, "flow")
     with pytest.raises(ValueError, match="probes=0"):

@@ -13,6 +13,7 @@ import pytest
 
 from diffcourse import evaluation as ev
 from diffcourse import leaderboard as lb
+from diffcourse.experiments import TRAIN_SEEDS
 from test_experiments import measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +97,8 @@ def test_what_a_method_says(small):
     assert of["distilled 5 compact", 5].parameters == 9 and of["flow, AB2", 5].parameters == 687_297
     students = {m.model for m in of.values() if m.student}
     assert students == {"distilled 5", "distilled 5 compact", "drift", "meanflow scratch"}
+    plain = {m for m in lb.MODELS if not lb.Method(m, "Euler()", "uniform", 1, []).student}
+    assert plain == {*list(lb.MODELS)[:6], "control", "control 512"}  # trained for longer is not trained for few evaluations
 
 
 def test_best_is_sorted_by_the_mean(small):
@@ -130,8 +133,20 @@ def test_a_student_that_loses_is_said_to_lose(small):
 
 
 def test_without_a_student(small):
+    with pytest.raises(ValueError, match=r"0 students named 'drift 55' at NFE 5; there are \['distilled 5', 'distilled 5 compact'\]"):
+        lb.versus(5, small, model="drift 55")
+    with pytest.raises(ValueError, match="cost = 'time': 'nfe' or 'seconds'"):
+        lb.frontier("time", folder=small)
     with pytest.raises(ValueError, match=r"0 students at NFE 10; there are students at \[1, 2, 5\]"):
         lb.versus(10, small)
+
+
+def test_without_a_rival(small, monkeypatch):
+    rivals, students = lb.best(5, small)
+    assert rivals
+    monkeypatch.setattr(lb, "best", lambda *_: ([], students))
+    with pytest.raises(ValueError, match=r"no undistilled row at NFE 5; there are some at \[1, 2, 5"):
+        lb.versus(5, small)
 
 
 def test_two_versions_are_not_mixed(tmp_path):
@@ -165,7 +180,7 @@ def test_matched_and_answer(small):
         lb.matched(10, small)
     said = lb.answer((5, 1), small)
     assert said == ("Against the hardest undistilled rival at the same number of evaluations, the verdict on the best student is "
-                    "undecided at 5, better at 1. The fewest evaluations at which it is not shown to beat the hardest undistilled rivals: "
+                    "undecided at 5, better at 1. The fewest evaluations at which the hardest undistilled rivals are no longer shown to be behind: "
                     "5 in place of 5 and 5 in place of 1.")
     assert lb.answer(folder=small).count("in place of") == 3  # 5, 2 and 1: where there are students
 
@@ -231,9 +246,7 @@ def test_command_line(tmp_path):
 def test_every_nfe_has_an_undistilled_row_of_three_trainings():
     for n in lb.NFES:
         rivals, _ = lb.best(n)
-        assert rivals and all(len(m.by_seed) >= 3 for m in rivals)
-    for n in (5, 2, 1):
-        assert len(lb.versus(n).pairs.differences) >= 3
+        assert rivals and all({r["train_seed"] for r in m.records} == {*TRAIN_SEEDS} for m in rivals)
     assert not [m for m in lb.methods() if m.records.old()]
 
 

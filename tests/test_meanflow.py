@@ -1,6 +1,7 @@
 """Average velocities against closed forms, and the gradients of the losses that make one step enough."""
 
 import math
+import re
 import signal
 
 import pytest
@@ -525,27 +526,27 @@ def test_nan_stops_the_training():
         fit(loss, net, data, "nan", 3, batch=8)
 
 
-@pytest.mark.parametrize("bad", [
-    lambda: average_velocity(MIX, torch.zeros(2), 0.2, 0.5, LINE),
-    lambda: average_velocity(MIX, torch.zeros(2), 1.2, 0.5, LINE),
-    lambda: check_jvp(IntervalMLP(), torch.zeros(2, 1), 0.2, 0.5, torch.zeros(2, 1)),
-    lambda: IntervalMLP()(torch.zeros(2), torch.zeros(2), torch.zeros(2)),
-    lambda: IntervalMLP()(torch.zeros(2, 1), torch.zeros(2), torch.zeros(3)),
-    lambda: Intervals("normal"),
-    lambda: Intervals(share=1.2),
-    lambda: Intervals(noisy=(0.0, 0.0)),
-    lambda: MeanFlowLoss(derivative="forward"),
-    lambda: MeanFlowLoss(power=-1.0),
-    lambda: PairRegression()(unet(), torch.zeros(4, 1, 4, 4), None),
-    lambda: DistributionMatching(Denoiser(unet(), VP.cosine(), "v")),
-    lambda: make_pairs(teacher(), 2, 0),
-    lambda: make_pairs(teacher(), 2, 3999),  # the last seed that judges
-    lambda: make_pairs(teacher(), 2, 5000, grid=uniform(3, start=0.9)),
-    lambda: make_pairs(Denoiser(lambda x, t: x, LINE, "flow"), 2, 5000),
-    lambda: Drift()(unet(), torch.zeros(2, 1, 4, 4), draws(torch.zeros(2, 1, 4, 4))),
+@pytest.mark.parametrize("bad, says", [
+    (lambda: average_velocity(MIX, torch.zeros(2), 0.2, 0.5, LINE), "r = 0.5 lies after t = 0.2"),
+    (lambda: average_velocity(MIX, torch.zeros(2), 1.2, 0.5, LINE), "time t = 1.2"),
+    (lambda: check_jvp(IntervalMLP(), torch.zeros(2, 1), 0.2, 0.5, torch.zeros(2, 1)), "r > t"),
+    (lambda: IntervalMLP()(torch.zeros(2), torch.zeros(2), torch.zeros(2)), "(2,), (2,), (2,)"),
+    (lambda: IntervalMLP()(torch.zeros(2, 1), torch.zeros(2), torch.zeros(3)), "(2, 1), (2,), (3,)"),
+    (lambda: Intervals("normal"), "kind='normal'"),
+    (lambda: Intervals(share=1.2), "share=1.2"),
+    (lambda: Intervals(noisy=(0.0, 0.0)), "noisy=(0.0, 0.0)"),
+    (lambda: MeanFlowLoss(derivative="forward"), "derivative='forward'"),
+    (lambda: MeanFlowLoss(power=-1.0), "power=-1.0"),
+    (lambda: PairRegression()(unet(), torch.zeros(4, 1, 4, 4), None), "(B, 2, …)"),
+    (lambda: DistributionMatching(Denoiser(unet(), VP.cosine(), "v")), "predicts='flow'"),
+    (lambda: make_pairs(teacher(), 2, 0), "seed = 0:"),
+    (lambda: make_pairs(teacher(), 2, 3999), "seed = 3999:"),  # the last seed that judges
+    (lambda: make_pairs(teacher(), 2, 5000, grid=uniform(3, start=0.9)), "a grid from t = 1"),
+    (lambda: make_pairs(Denoiser(lambda x, t: x, LINE, "flow"), 2, 5000), "pass shape="),
+    (lambda: Drift()(unet(), torch.zeros(2, 1, 4, 4), draws(torch.zeros(2, 1, 4, 4))), "two or more are needed"),
 ])
-def test_what_does_not_fit(bad):
-    with pytest.raises(ValueError):
+def test_what_does_not_fit(bad, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
         bad()
 
 

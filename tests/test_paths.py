@@ -177,8 +177,9 @@ def test_bad_input():
         Linear().target("noise", torch.ones(1), torch.ones(1), 0.5)
     with pytest.raises(ValueError, match="VPCosine"):
         path_from({"path": "VPQuadratic"})
-    for make in (lambda: VP.linear(2, 1), lambda: VP.cosine(-1), lambda: VP.sigmoid(1, 0)):
-        with pytest.raises(ValueError):
+    wrong = {"beta_min=2": lambda: VP.linear(2, 1), "s=-1": lambda: VP.cosine(-1), "start=1": lambda: VP.sigmoid(1, 0)}
+    for says, make in wrong.items():
+        with pytest.raises(ValueError, match=says):
             make()
 
 

@@ -186,6 +186,23 @@ def test_interrupted_run_is_never_taken_for_a_whole_one(runs, how):
     assert "whole" in (runs / "build/smoke/nbs/02_b.ipynb").read_text()
 
 
+def test_a_run_by_hand_that_took_a_name_over_is_noticed(runs):
+    make = ("import os, pathlib\nfolder = pathlib.Path(os.environ['DIFFCOURSE_HOME'], 'runs/digits/ddpm')\n"
+            "folder.mkdir(parents=True, exist_ok=True)\nwrote = (folder / 'latest.json').write_text('{\"identity\": \"ours\"}')\n"
+            "run = dict\nmade = run(run='digits/ddpm')")
+    notebook(runs / "nbs/02_b.ipynb", make)
+    notebook(runs / "nbs/03_c.ipynb", "name = 'digits/ddpm'")
+    assert smoke(runs).returncode == 0
+    assert "all 3 runs are up to date" in smoke(runs).stdout
+    latest = runs / "build/smoke/runs/digits/ddpm/latest.json"
+    latest.write_text('{"identity": "of another size"}')
+    status = subprocess.run([sys.executable, "book/build.py", "status", "smoke"], cwd=runs, capture_output=True, text=True).stdout
+    assert status.split("\n")[:3] == ["nbs/01_a: fresh", "nbs/02_b: run digits/ddpm", "nbs/03_c: run digits/ddpm"]
+    assert "smoke: 2 notebooks" in smoke(runs).stdout and "ours" in latest.read_text()
+    weights = subprocess.run([sys.executable, "book/build.py", "weights"], cwd=runs, capture_output=True, text=True)
+    assert weights.returncode != 0 and "nbs/02_b is out of date (not run yet): make book" in weights.stderr
+
+
 def test_truncated_run_is_run_again(runs):
     assert smoke(runs).returncode == 0
     file = runs / "build/smoke/nbs/02_b.ipynb"

@@ -196,7 +196,7 @@ def test_wasserstein_against_scipy():
     assert abs(wasserstein1(x + 0.25, mix) - 0.25) < 1e-12
     with pytest.raises(ValueError, match="one dimension"):
         wasserstein1(torch.zeros(3, 2), mix)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\(0,\)"):
         wasserstein1([], [1.0])
 
 
@@ -207,7 +207,7 @@ def test_stratified_normal(n):
     assert z.shape == (n,) and z.dtype == F64
     np.testing.assert_allclose(z, want, rtol=1e-9, atol=1e-12)
     assert torch.equal(z, -z.flip(0))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="n = 0"):
         stratified_normal(0)
 
 
