@@ -22,8 +22,8 @@ device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps" if
 print("torch %s, torchvision %s on %s" % (torch.__version__, torchvision.__version__, device))
 """
 FAULTS = [                                # what pip or venv says -> what to do about it
-    ("No space left on device|Errno 28", "no disk space left: the packages need about 7 GB (2 GB with TORCH_INDEX= torch's own "
-     "CPU index); free some in %s and in TMPDIR" % ROOT),
+    ("No space left on device|Errno 28", "no disk space left: the packages need about 9 GB while they install, 6.4 GB of it in "
+     ".venv and 2.6 GB in TMPDIR (about 2 GB in all with TORCH_INDEX= torch's own CPU index); free some in %s and in TMPDIR" % ROOT),
     ("ensurepip|No module named '?venv", "this Python has no venv module: install it (Debian: apt-get install python3-venv) "
      "or name another Python: make env PYTHON=python3.12"),
     ("NewConnectionError|Connection refused|Connection broken|Name or service not known|Max retries|Temporary failure in name|"
