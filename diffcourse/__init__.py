@@ -93,6 +93,11 @@ def _known():  # every name that can be loaded
 # %% ../nbs/10_diffcourse.ipynb #7d02f55b
 def _find(name, source):  # -> file, what to say
     if str(name).endswith(".safetensors"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"no file {name} in {Path.cwd()}: pass the path of a "
+                f".safetensors file, or one of the names {_known()}"
+            )
         return Path(name), f"file {name}"
     local = _local(name)
     if local and source in ("auto", "local"):
