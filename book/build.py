@@ -100,7 +100,8 @@ def public_names() -> dict[str, str]:
     """Which module a name of `import diffcourse` comes from: the table `_names` and the definitions of __init__."""
     names = {}
     for node in ast.parse(module_files()["__init__"].read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_names":
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)    # _names = …, _names |= …
+        if isinstance(node, (ast.Assign, ast.AugAssign)) and getattr(target, "id", "") == "_names":
             for module, public in ast.literal_eval(node.value).items():
                 names.update({n: module for n in (public.split() if isinstance(public, str) else public)})
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):

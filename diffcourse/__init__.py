@@ -7,8 +7,7 @@ __version__ = "0.1.0"
 __all__ = ['load']
 
 # %% ../nbs/10_diffcourse.ipynb #246bef7e
-import difflib, hashlib, importlib, json
-from pathlib import Path
+import difflib, hashlib, importlib, json, pathlib
 
 # %% ../nbs/10_diffcourse.ipynb #5de70813
 _names = {
@@ -19,16 +18,26 @@ _names = {
     "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
     "trailing leading linspace explicit Solver Euler sample Samples "
     "NetworkTime",
-    "training": "Settings EMA Draws fit Fit",
+    "training": "fit Fit",
+    "settings": "Settings",
+    "averages": "EMA posthoc",
+    "draws": "Draws",
+    "checkpoints": "",
+    "identity": "fingerprint",
+    "progress": "",
     "playground": "GaussianMixture mixture MLP wasserstein1 "
     "stratified_normal",
+}
+
+# %% ../nbs/10_diffcourse.ipynb #bdb6b6ee
+_names |= {
     "ddpm": "DenoisingLoss DDPM",
     "ddim": "DDIM invert slerp",
     "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
     "solvers": "Heun Midpoint RK4 AB2 DPMSolver DPMpp order_list",
     "distill": "Distillation compact",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
-    "WithFake make_pairs",
+    "WithFake make_pairs trainable",
     "leaderboard": "",
     "evaluation": "DigitClassifier score Score fd kid fid measure "
     "read_records",
@@ -55,13 +64,13 @@ def __dir__():
 
 # %% ../nbs/10_diffcourse.ipynb #e3b33c64
 def _shipped():  # name -> {"file", "sha256"}
-    index = Path(__file__).with_name("weights") / "index.json"
+    index = pathlib.Path(__file__).with_name("weights") / "index.json"
     return json.loads(index.read_text()) if index.exists() else {}
 
 
 def _shipped_file(name):  # -> file, once its bytes are the right ones
     shipped = _shipped()[name]
-    file = Path(__file__).with_name("weights") / shipped["file"]
+    file = pathlib.Path(__file__).with_name("weights") / shipped["file"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != shipped["sha256"]:
         raise ValueError(
@@ -71,15 +80,22 @@ def _shipped_file(name):  # -> file, once its bytes are the right ones
     return file
 
 # %% ../nbs/10_diffcourse.ipynb #80453d7c
-def _local(name):  # file of the newest complete run, or None
+def _local(name):  # folder of the run that was returned last, or None
     from diffcourse.runs import home
 
-    latest = home() / "runs" / name / "latest.json"
-    if not latest.exists():
+    latest = home() / "runs" / str(name) / "latest.json"
+    if not latest.is_file():
         return None
-    identity = json.loads(latest.read_text())["identity"]
-    file = latest.parent / identity / "model.safetensors"
-    return file if file.exists() else None
+    try:
+        folder = (
+            latest.parent / json.loads(latest.read_text())["identity"]
+        )
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(
+            f"{latest} is damaged ({e!r}): delete it and call fit "
+            "again, which finds the complete run"
+        ) from e
+    return folder if (folder / "model.safetensors").is_file() else None
 
 
 def _known():  # every name that can be loaded
@@ -90,62 +106,163 @@ def _known():  # every name that can be loaded
     local = [str(p.relative_to(root)) for p in found]
     return sorted({*_shipped(), *local})
 
+# %% ../nbs/10_diffcourse.ipynb #045307a4
+def _file_in(folder, weights, step):  # of a run -> file, prefix inside
+    numbered = sorted(
+        p.stem for p in folder.glob("model-*.safetensors")
+    )
+    if step is None:
+        if weights == "raw":
+            return folder / "state.safetensors", "net."
+        return folder / "model.safetensors", ""
+    kind = "raw" if weights == "raw" else "model"
+    file = folder / f"{kind}-{step:07d}.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no weights of iteration {step} in {folder}: there are "
+            f"{[int(n[6:]) for n in numbered]}; fit(keep_every=) "
+            "leaves them"
+        )
+    return file, ""
+
 # %% ../nbs/10_diffcourse.ipynb #7d02f55b
-def _find(name, source):  # -> file, what to say
-    if str(name).endswith(".safetensors"):
-        if not Path(name).is_file():
+def _find(name, source, weights, step):  # -> file, prefix, what to say
+    _check_choice("source", source, ("auto", "local", "shipped"))
+    _check_choice("weights", weights, ("averaged", "raw"))
+    file = pathlib.Path(name)
+    if file.suffix == ".safetensors":
+        if not file.is_file():
             raise FileNotFoundError(
-                f"no file {name} in {Path.cwd()}: pass the path of a "
-                f".safetensors file, or one of the names {_known()}"
+                f"no file {name} in {pathlib.Path.cwd()}: pass the "
+                f"path of a .safetensors file, or one of {_known()}"
             )
-        return Path(name), f"file {name}"
-    local = _local(name)
-    if local and source in ("auto", "local"):
-        return local, f"local run {local.parent.name}"
-    if name in _shipped() and source in ("auto", "shipped"):
+        return file, "", f"file {name}"
+    folder = _local(name) if source != "shipped" else None
+    if folder:
+        found = _file_in(folder, weights, step)
+        return *found, f"local run {folder.name}"
+    plain = weights == "averaged" and step is None
+    if name in _shipped() and source != "local" and plain:
         file = _shipped_file(name)
-        return file, "weights of the package, sha256 checked"
+        return file, "", "weights of the package, sha256 checked"
     raise FileNotFoundError(
         f"no trained {name!r} ({source}); there are {_known()}. "
         f"Train it with fit(…, run={name!r}) or run its chapter"
     )
 
 # %% ../nbs/10_diffcourse.ipynb #22dccbb1
-def _network(file, tensors, meta):  # -> the network, ready to use
-    if not isinstance(meta, dict) or "net" not in meta:
+_NETWORKS = {  # what a file may ask for -> its module
+    "UNet": "unet",
+    "MLP": "playground",
+    "IntervalMLP": "meanflow",
+    "WithFake": "meanflow",
+    "DigitClassifier": "evaluation",
+}
+
+# %% ../nbs/10_diffcourse.ipynb #c82e1290
+def _build(file, meta):  # -> the network that the file is for
+    made = meta.get("net") if isinstance(meta, dict) else None
+    if not isinstance(made, dict) or not {"own", "class"} & made.keys():
         raise ValueError(f"{file} does not say which network it is for")
-    net = __getattr__(meta["net"]["class"])(**meta["net"]["config"])
+    if "own" in made:
+        raise ValueError(
+            f"{file} was trained with a network of your own, "
+            f"{made['own']}: make one of the same shape and pass it, "
+            "load(…, net=…)"
+        )
+    if str(made["class"]) not in _NETWORKS:
+        raise ValueError(
+            f"{file} asks for {made['class']!r}, which is no network "
+            f"of this version: there are {sorted(_NETWORKS)}. Pass "
+            "your own, load(…, net=…), or install a newer diffcourse"
+        )
+    try:
+        return __getattr__(made["class"])(**made["config"])
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(
+            f"{file} asks for a {made['class']} that this version "
+            f"cannot build ({e}): install a newer one, or pass net="
+        ) from e
+
+# %% ../nbs/10_diffcourse.ipynb #e3846cae
+def _network(file, tensors, meta, net=None):  # ready to use
+    net = _build(file, meta) if net is None else net
     try:
         net.load_state_dict(tensors)
-    except RuntimeError as e:
+    except (RuntimeError, AttributeError) as e:
         raise ValueError(
-            f"{file} does not fit its {meta['net']}: {e}"
+            f"{file} does not fit {type(net).__name__}: {e}"
         ) from e
     return net.eval().requires_grad_(False)
 
+# %% ../nbs/10_diffcourse.ipynb #efbc51c9
+def _road(file, meta, path, predicts):  # -> path or None, prediction
+    from diffcourse.paths import path_from
+
+    said = meta.get("path")
+    try:
+        known = path_from(said) if said and "own" not in said else None
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ValueError(
+            f"{file} asks for a path that this version does not know "
+            f"({e}): pass it, load(…, path=…)"
+        ) from e
+    if said and not known and path is None:
+        raise ValueError(
+            f"{file} was trained on a path of your own, {said['own']}: "
+            "pass it again, load(…, path=…)"
+        )
+    for own, its, word in (
+        (path, known, "path"),
+        (predicts, meta.get("predicts"), "predicts"),
+    ):
+        if own is not None and its and repr(own) != repr(its):
+            raise ValueError(
+                f"{file} was trained with {word}={its!r}, not {own!r}"
+            )
+    return known or path, predicts or meta.get("predicts")
+
 # %% ../nbs/10_diffcourse.ipynb #d1361a01
 def load(
-    name: str,  # name of a run, "digits/ddpm", or a .safetensors file
+    name,  # name of a run, "digits/ddpm", or a .safetensors file
     source: str = "auto",  # "local", "shipped", or "auto": local first
-):  # -> Denoiser on the CPU; the network alone if it has no path
+    *,
+    net=None,  # a network of your own, to be filled; None: as in file
+    path=None,  # a path of your own, if it was trained on one
+    predicts: str | None = None,  # if the file does not say it
+    weights: str = "averaged",  # or "raw", of a local run
+    step: int | None = None,  # numbered weights; None: the last
+    device=None,  # where to; None: where the machine is fastest
+):  # -> Denoiser; the network alone if it has no path
     """A trained network, ready to sample.
 
     Raises: FileNotFoundError listing the known names; ValueError for
-    a file that is damaged, or does not fit its network.
-    """
-    from diffcourse.runs import load_tensors
+    a file that is damaged, or does not fit its network."""
+    from diffcourse import runs
 
-    if source not in ("auto", "local", "shipped"):
-        raise ValueError(
-            f"source={source!r}: 'auto', 'local' or 'shipped'"
-        )
-    file, said = _find(name, source)
-    tensors, meta = load_tensors(file)
-    net = _network(file, tensors, meta)
-    print(f"{name}: {said}, {meta['steps']} iterations")
-    if not meta.get("path"):
+    file, prefix, said = _find(name, source, weights, step)
+    tensors, meta = _read(file, prefix)
+    net = _network(file, tensors, meta, net)
+    path, predicts = _road(file, meta, path, predicts)
+    print(f"{name}: {said}, {meta.get('steps', '?')} iterations")
+    net = net.to(runs.device() if device is None else device)
+    if path is None:
         return net
-    from diffcourse import paths, sampling
+    from diffcourse.sampling import Denoiser
 
-    path = paths.path_from(meta["path"])
-    return sampling.Denoiser(net, path, meta["predicts"])
+    return Denoiser(net, path, predicts)
+
+# %% ../nbs/10_diffcourse.ipynb #d0a25cac
+def _read(file, prefix):  # tensors, what is said of them
+    from diffcourse import checkpoints, runs
+
+    tensors, meta = runs.load_tensors(file)
+    if prefix:  # a state says less than the weights beside it
+        tensors = checkpoints.part(tensors, prefix)
+        meta = runs.load_meta(file.with_name("model.safetensors"))
+    return tensors, meta
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: one of {allowed}")

@@ -139,7 +139,9 @@ class _Walk:  # one description: what was met, and where we are
             self.open[id(obj)] = len(self.open)
             self.trail.append(str(name))
             said = _digest(_describe(self, obj))
-            self.known[id(obj)] = [said], obj  # it lives: so does its id
+            self.known[id(obj)] = [
+                said
+            ], obj  # it lives: so does its id
             self.trail.pop()
             del self.open[id(obj)]
         return self.known[id(obj)][0]
@@ -247,7 +249,11 @@ def _named_in(module, f):  # the attributes of a module that f may want
 def _builtin(walk, f):
     own = getattr(f, "__self__", None)
     free = own is None or inspect.ismodule(own) or inspect.isclass(own)
-    return ["builtin", f.__qualname__, None if free else walk(own, "of")]
+    return [
+        "builtin",
+        f.__qualname__,
+        None if free else walk(own, "of"),
+    ]
 
 
 def _method(walk, m):
@@ -264,7 +270,7 @@ _WRITTEN_BY_PYTHON = set(
     "__module__ __qualname__ __doc__ __dict__ __weakref__ "
     "__annotations__ __annotate__ __annotate_func__ "
     "__annotations_cache__ __firstlineno__ __static_attributes__ "
-    "__abstractmethods__ _abc_impl __dataclass_fields__ "
+    "__abstractmethods__ _abc_impl __slotnames__ __dataclass_fields__ "
     "__dataclass_params__ __match_args__ __parameters__ "
     "__orig_bases__ _backward_cls".split()
 )
@@ -332,22 +338,47 @@ def _object(walk, obj):
 
 # %% ../nbs/31_identity.ipynb #48407d1d
 _BUILTIN = (
-    types.BuiltinFunctionType, types.WrapperDescriptorType,
-    types.MethodDescriptorType, types.MethodWrapperType,
+    types.BuiltinFunctionType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.MethodWrapperType,
     types.ClassMethodDescriptorType,
 )
 _WRAPPER = (
-    staticmethod, classmethod, property, functools.cached_property,
+    staticmethod,
+    classmethod,
+    property,
+    functools.cached_property,
     type(functools.lru_cache(len)),
 )
-_TEXT = bytes, bytearray, complex, range, type(...), type(NotImplemented)
-_KINDS = (
-    (torch.Tensor, _tensor), (np.ndarray, _array), (_TEXT, _text),
-    (types.FunctionType, _function), (_BUILTIN, _builtin),
-    (types.MethodType, _method), (_WRAPPER, _wrapper), (type, _class),
+_TEXT = (
+    bytes,
+    bytearray,
+    complex,
+    range,
+    type(...),
+    type(NotImplemented),
 )
-_EXACTLY = {list: _list, tuple: _list, dict: _dict, set: _set,
-            frozenset: _set, types.MappingProxyType: _dict}
+
+# %% ../nbs/31_identity.ipynb #c6bc89eb
+_KINDS = (
+    (torch.Tensor, _tensor),
+    (np.ndarray, _array),
+    (_TEXT, _text),
+    (types.FunctionType, _function),
+    (_BUILTIN, _builtin),
+    (types.MethodType, _method),
+    (_WRAPPER, _wrapper),
+    (type, _class),
+)
+_EXACTLY = {
+    list: _list,
+    tuple: _list,
+    dict: _dict,
+    set: _set,
+    frozenset: _set,
+    types.MappingProxyType: _dict,
+}
 
 # %% ../nbs/31_identity.ipynb #cfd3bd47
 def _describe(walk, obj):  # -> plain data, fit for JSON
@@ -404,7 +435,9 @@ def differences(
             found.append(f"{k} ({a['settings'].get(k)}, now {v})")
     one, two = a.get("code", {}), b.get("code", {})
     names = [k for k in two if k in one and one[k] != two[k]]
-    names = names or [k for k in {**one, **two} if k not in one or k not in two]
+    names = names or [
+        k for k in {**one, **two} if k not in one or k not in two
+    ]
     found += names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
     for k, v in b.get("parts", {}).items():
         told = k == "settings" or (names and k in ("loss", "loop"))

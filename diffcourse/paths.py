@@ -390,14 +390,24 @@ def sigma(self, t):
 
 # %% ../nbs/11_paths.ipynb #484b1e71
 @patch_to(VPSigmoid)
-def dalpha(self, t):
-    "-(slope of sigma^2) / (2 alpha)."
+def _slope(self, t):  # of sigma^2
     lo, hi = self._ends()
     z = lo + as_time(t) * (hi - lo)
     scale = math.cosh(lo / 2) * math.cosh(hi / 2)
     scale = scale / math.sinh((hi - lo) / 2)
-    slope = (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)
-    return -slope / (2 * self.alpha(t))
+    return (hi - lo) * scale / (2 * torch.cosh(z / 2) ** 2)
+
+
+@patch_to(VPSigmoid)
+def dalpha(self, t):
+    "-(slope of sigma^2) / (2 alpha)."
+    return -self._slope(t) / (2 * self.alpha(t))
+
+
+@patch_to(VPSigmoid)
+def dsigma(self, t):
+    "(slope of sigma^2) / (2 sigma), finite also where alpha is 0."
+    return self._slope(t) / (2 * self.sigma(t))
 
 
 @patch_to(VPSigmoid)
@@ -648,7 +658,7 @@ def v(self) -> Tensor:
     a, s = self._coef("alpha"), self._coef("sigma")
     return a * self.eps - s * self.x0
 
-
+# %% ../nbs/11_paths.ipynb #66f02b7d
 @patch_to(Prediction)
 @property
 def flow(self) -> Tensor:
@@ -656,6 +666,12 @@ def flow(self) -> Tensor:
     if self.predicts == "flow":
         return self.out
     da, ds = self._coef("dalpha"), self._coef("dsigma")
+    if da.device.type == "cpu" and not (da + ds).isfinite().all():
+        raise ValueError(
+            f"the flow has no value at t = {self.t} on {self.path}: "
+            "keep away from that end (start=0.999 or end=0.001 of the "
+            "grid), or take DDIM, DPMSolver or DPMpp"
+        )
     return da * self.x0 + ds * self.eps
 
 

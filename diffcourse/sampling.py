@@ -7,15 +7,18 @@ __all__ = ['Denoiser', 'Grid', 'uniform', 'cosine', 'quadratic', 'logsnr', 'trai
            'Solver', 'Euler', 'Noise', 'Samples', 'sample', 'NetworkTime']
 
 # %% ../nbs/14_sampling.ipynb #67a99b98
+import numbers
+import operator
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import runs
 from .paths import Path, Prediction
 from .paths import as_time, check_prediction, patch_to
 
@@ -25,6 +28,8 @@ class Denoiser:
 
     Raises: TypeError or ValueError when x, t or the output do not fit.
     """
+
+    _does_not_shape = ("nfe",)  # a counter is no part of its identity
 
     def __init__(
         self,
@@ -70,7 +75,9 @@ def __call__(
     t = as_time(t)
     t = t.to(x.device) if t.ndim else t
     _check_states(x, t)
-    out = self.net(x, t.to(x.device, x.dtype).expand(len(x)))
+    t_each = t.to(x.device, torch.promote_types(x.dtype, _FULL))
+    with self._half(x.device) as dtype:
+        out = self.net(x.to(dtype or x.dtype), t_each.expand(len(x)))
     if out.shape != x.shape:
         raise ValueError(
             f"the network made {tuple(out.shape)} of {tuple(x.shape)}: "
@@ -79,6 +86,18 @@ def __call__(
     self.nfe += 1
     out = out.to(x.dtype)
     return Prediction(x, t, out, self.predicts, self.path)
+
+# %% ../nbs/14_sampling.ipynb #597b8467
+_FULL, _HALF = torch.float32, (torch.bfloat16, torch.float16)
+
+
+@patch_to(Denoiser)
+@contextmanager
+def _half(self, device):  # -> type of the weights where it is half
+    weights = getattr(self.net, "parameters", lambda: ())()
+    dtype = next((p.dtype for p in weights if p.dtype in _HALF), None)
+    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        yield dtype
 
 # %% ../nbs/14_sampling.ipynb #f6c25163
 @patch_to(Denoiser)
@@ -130,10 +149,11 @@ class Grid:
     option: object = None  # lam_max, size of the table, or the times
 
     def __post_init__(self):
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(
-                f"steps = {self.steps!r}: an integer >= 1 is needed"
-            )
+        object.__setattr__(
+            self, "steps", runs.whole("steps", self.steps)
+        )
+        for k in ("start", "end"):
+            object.__setattr__(self, k, float(getattr(self, k)))
         if not 0 <= self.end < self.start <= 1:
             raise ValueError(
                 f"grid from {self.start} to {self.end}: "
@@ -246,7 +266,10 @@ def trailing(
     start: float = 1.0,  # first time
 ) -> Grid:
     "Equal steps, rounded to the times i / table of a discrete chain."
-    if not 1 <= steps <= table:
+    steps, table = runs.whole("steps", steps), runs.whole(
+        "table", table
+    )
+    if steps > table:
         raise ValueError(
             f"steps = {steps}: 1 to {table}, the table's, is allowed"
         )
@@ -265,7 +288,10 @@ def leading(
     Source: Song et al. (2021), DDIM, section D.2; names of Lin et
     al. (2024), table 2.
     """
-    if not 1 <= steps <= table:
+    steps, table = runs.whole("steps", steps), runs.whole(
+        "table", table
+    )
+    if steps > table:
         raise ValueError(
             f"steps = {steps}: 1 to {table}, the table's, is allowed"
         )
@@ -288,7 +314,10 @@ def linspace(
     Source: Nichol and Dhariwal (2021), section 4; names of
     Lin et al. (2024), table 2.
     """
-    if not 1 <= steps <= table:
+    steps, table = runs.whole("steps", steps), runs.whole(
+        "table", table
+    )
+    if steps > table:
         raise ValueError(
             f"steps = {steps}: 1 to {table}, the table's, is allowed"
         )
@@ -359,7 +388,7 @@ class Noise:
         device: torch.device,  # where the draws are needed
     ):
         self.shape, self.n, self.device = tuple(shape), n, device
-        self._cloud = isinstance(seeds, int)
+        self._cloud = isinstance(seeds, numbers.Integral)
         self._gens = []
         for s in [seeds] if self._cloud else seeds:
             if not 0 <= s < 2**32:
@@ -406,21 +435,23 @@ def _solve(den, solver, times, final, keep, noise, x):
 # %% ../nbs/14_sampling.ipynb #e418c785
 @contextmanager
 def _evaluating(net):
-    was = getattr(net, "training", False)
-    if was:
-        net.eval()
+    parts = list(getattr(net, "modules", list)())
+    training = [m for m in parts if m.training]  # each has its own mode
+    for m in training:
+        m.training = False
     try:
         yield
     finally:
-        if was:
-            net.train()
+        for m in training:
+            m.training = True
 
 
 def _in_batches(solve, den, shape, seeds, n, x, batch):
     "The states of all samples, and the evaluations for one of them."
     size, parts, before = batch or n, [], den.nfe
     for i in range(0, n, size):
-        own = seeds if isinstance(seeds, int) else seeds[i : i + size]
+        one = isinstance(seeds, int)
+        own = seeds if one else seeds[i : i + size]
         noise = Noise(own, min(size, n - i), shape, den.device)
         x_i = None if x is None else x[i : i + size].to(den.device)
         parts.append(solve(noise, x_i))
@@ -435,22 +466,38 @@ def _count(seeds, n, x):
         if n not in (None, len(x)):
             raise ValueError(f"n = {n} but x holds {len(x)} samples")
         n = len(x)
-    if isinstance(seeds, int):
+    n = None if n is None else runs.whole("n", n)
+    if isinstance(seeds, numbers.Integral):
         if n is None:
             raise ValueError(
                 f"seeds = {seeds}: with one seed say n=, how many"
             )
-        return n, seeds
-    seeds = [int(s) for s in seeds]
+        return n, int(seeds)
+    try:
+        seeds = [operator.index(s) for s in _listed(seeds)]
+    except TypeError:
+        raise TypeError(
+            f"seeds = {seeds!r}: a whole number, or one a sample, such "
+            "as range(64), is needed"
+        ) from None
     if not seeds or n not in (None, len(seeds)):
         raise ValueError(
             f"{len(seeds)} seeds for n = {n}: one a sample is needed"
         )
     return len(seeds), seeds
 
+# %% ../nbs/14_sampling.ipynb #567993a5
+def _listed(seeds):  # tensors and arrays as lists
+    return seeds.tolist() if hasattr(seeds, "tolist") else seeds
+
 # %% ../nbs/14_sampling.ipynb #909d8636
 def _check_rule(solver, final, grid):
     "The grid as a Grid, where solver and final fit."
+    if isinstance(solver, type):
+        raise TypeError(
+            f"solver={solver.__name__} is a class: make one of it, "
+            f"{solver.__name__}()"
+        )
     if not hasattr(solver, "step"):
         known = sorted(c.__name__ for c in Solver.__subclasses__())
         raise TypeError(
@@ -460,6 +507,11 @@ def _check_rule(solver, final, grid):
         raise ValueError(
             f"final={final!r}: 'stop' or 'denoise' is allowed"
         )
+    if isinstance(grid, numbers.Real):
+        raise TypeError(
+            f"grid={grid}: uniform({grid}) makes that many steps, or "
+            "list the times, [1, 0.5, 0]"
+        )
     grid = grid if isinstance(grid, Grid) else explicit(grid)
     if final == "denoise" and grid.end == 0:
         raise ValueError(
@@ -467,13 +519,15 @@ def _check_rule(solver, final, grid):
         )
     return grid
 
-
+# %% ../nbs/14_sampling.ipynb #a9e9ad69
 def _check_shapes(seeds, n, x, shape, batch):
     if x is not None and tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"x is {tuple(x.shape)}, shape says (n, *{tuple(shape)})"
         )
-    if batch and isinstance(seeds, int) and batch < n:
+    if batch is None:
+        return
+    if runs.whole("batch", batch) < n and isinstance(seeds, int):
         raise ValueError(
             "batch= needs one seed a sample: seeds=range(n)"
         )

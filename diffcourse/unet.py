@@ -10,6 +10,7 @@ __all__ = ['TimeEmbedding', 'Norm', 'zero', 'ResBlock', 'Attention', 'Block', 'D
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -192,18 +193,24 @@ def _config(
     scale_shift, max_frequency, time_mult, second_time
 ):
     "The settings as plain numbers, lists and texts."
+    plain = lambda v: v.item() if isinstance(v, np.integer) else v
     return dict(
-        channels=channels, size=size, base=base, mults=list(mults),
-        blocks=blocks, attention=list(attention), heads=heads,
+        channels=plain(channels), size=plain(size), base=plain(base),
+        mults=[plain(m) for m in mults], blocks=plain(blocks),
+        attention=[plain(a) for a in attention], heads=plain(heads),
         dropout=float(dropout), scale_shift=bool(scale_shift),
-        max_frequency=float(max_frequency), time_mult=time_mult,
+        max_frequency=float(max_frequency), time_mult=plain(time_mult),
         second_time=bool(second_time),
     )
 
 # %% ../nbs/13_unet.ipynb #d80352ab
+def _lowest(c):  # its resolution, where there is one
+    return resolutions(c["size"], c["mults"])[-1:] if c["mults"] else []
+
+# %% ../nbs/13_unet.ipynb #9a9b67d3
 def _check_config(c):
     "Refuse a configuration that cannot work, and say what can."
-    whole = lambda v: isinstance(v, int) and v >= 1
+    whole = lambda v: type(v) is int and v >= 1
     for k in "channels size base blocks heads time_mult".split():
         if not whole(c[k]):
             raise ValueError(f"{k}={c[k]!r}: expected a whole number "
@@ -320,7 +327,7 @@ class UNet(_Levels):
         base: int = 32,  # channels of the first level; of 16: fastest
         mults=(1, 2),  # channels of each level as multiples of base
         blocks: int = 1,  # a level on the way down; up: one more
-        attention=(4,),  # resolutions at which pixels attend
+        attention=None,  # resolutions that attend; None: the lowest
         heads: int = 4,  # of attention; divides the channels there
         dropout: float = 0.0,  # in the blocks, in training only
         scale_shift: bool = True,  # time scales and shifts, or shifts
@@ -330,8 +337,10 @@ class UNet(_Levels):
     ):
         super().__init__()
         self._config = _config(
-            channels, size, base, mults, blocks, attention, heads,
+            channels, size, base, mults, blocks, attention or (), heads,
             dropout, scale_shift, max_frequency, time_mult, second_time)
+        if attention is None:
+            self._config["attention"] = _lowest(self._config)
         _build(self, _check_config(self._config), **self._config)
 
 # %% ../nbs/13_unet.ipynb #eafc2257

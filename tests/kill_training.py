@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from diffcourse import runs, training
+from diffcourse import draws, runs, training
 from diffcourse.unet import UNet
 
 STEPS = 20
 
 
-class Rows(training._Rows):
+class Rows(draws.Rows):
     flip = True
 
 

@@ -62,7 +62,7 @@ def test_bad_loads(home):
         dc.load("digits/nobody")
     with pytest.raises(FileNotFoundError):
         dc.load("mine/net", source="shipped")
-    with pytest.raises(ValueError, match="'auto', 'local' or 'shipped'"):
+    with pytest.raises(ValueError, match="source='hub'.*'auto', 'local', 'shipped'"):
         dc.load("mine/net", source="hub")
     file = made.folder / "model.safetensors"
     tensors, meta = runs.load_tensors(file)
