@@ -14,10 +14,10 @@ from pathlib import Path
 _names = {
     "paths": "Path VP Linear Prediction PREDICTIONS path_from "
     "linear_betas cosine_betas",
-    "data": "Images as_data digits mnist5k mnist fashion_mnist "
-    "cifar10",
+    "data": "Images as_data digits mnist5k mnist fashion_mnist cifar10",
     "store": "Store open_store prepare",
     "files": "Files image_folder",
+    "real_faces": "celeba",
     "unet": "UNet count_parameters count_macs",
     "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
     "trailing leading linspace explicit Solver Euler sample Samples "

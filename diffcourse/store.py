@@ -41,7 +41,7 @@ class _Mapped(Samples):     # the file as a tensor
             str(self.folder / "pixels.u8"), shared=False,
             size=n * prod(shape), dtype=torch.uint8).view(n, *shape)
         self._rows, self._stamp = torch.arange(n), _stamp(self.folder)
-        self.labels = {}
+        self.labels, self.columns = {}, manifest["columns"]
         if (file := self.folder / "labels.safetensors").exists():
             self.labels = runs.load_tensors(file)[0]
         self.y = self.labels.get("y")
@@ -108,6 +108,12 @@ class _Ahead(_Mapped):      # batches for a training
 # %% ../nbs/27_store.ipynb #68d2bfef
 class Store(_Ahead):
     "Images in a file of bytes; `open_store` and `prepare` give one."
+
+    @property
+    def names(self):    # of the files that the images came from
+        text = (self.folder / "names.json").read_text()
+        names = json.loads(text)
+        return [names[i] for i in self._rows.tolist()]
 
     @property
     def hash(self):     # of the content, as it is now
