@@ -16,7 +16,7 @@ import torch
 from . import runs
 from .data import Images
 from .store import (
-    decoded, prepare, refuse_broken, warn_small)
+    _decoded, _refuse_broken, _warn_small, prepare)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -173,15 +173,15 @@ class Files:
 # %% ../nbs/28_files.ipynb #fbda235a
 def _in_memory(source, skip, flip):
     kept, bad, small, size = [], [], 0, source.shape[1]
-    for rows in decoded(source):
+    for rows in _decoded(source):
         at = len(kept) + len(bad)
         bad += [(at + j, row[2]) for j, row in enumerate(rows)
                 if row[2]]
         good = [(x, side) for x, side, why in rows if not why]
         small += sum(side < size for _, side in good)
         kept += [torch.tensor(x, dtype=torch.float32) for x, _ in good]
-    refuse_broken(source, bad, skip)
-    warn_small(source, small, len(kept))
+    _refuse_broken(source, bad, skip)
+    _warn_small(source, small, len(kept))
     x = (torch.stack(kept) / 127.5 - 1).clamp(-1, 1)
     return Images(x, None, source.name, flip)
 

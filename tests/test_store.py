@@ -41,7 +41,7 @@ def numbers(pixels):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(store.decoded, "__defaults__", (0, 4))
+    monkeypatch.setattr(store._decoded, "__defaults__", (0, 4))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -159,6 +159,9 @@ def test_a_copy_is_checked_once(tmp_path, monkeypatch):
 def test_a_store_cut_off_or_grown(tmp_path, size):
     d = store.prepare(Made(), tmp_path)
     (tmp_path / "pixels.u8").write_bytes(bytes(size))
+    if size < 480:                                           # reading there would end the process
+        with pytest.raises(OSError, match=f"has {size} bytes left of 480: something cut it off"):
+            d.batch([9])
     for look in (lambda: d.hash, lambda: store.open_store(tmp_path)):
         with pytest.raises(ValueError, match=f"has {size} bytes and its manifest says 480: it was cut off or changed"):
             look()
@@ -170,6 +173,17 @@ def test_a_damaged_manifest(tmp_path, text, match):
     store.prepare(Made(), tmp_path)
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=f"{match}.*Delete the folder"):
+        store.open_store(tmp_path)
+
+
+def test_labels_that_are_gone_or_changed(tmp_path):
+    d = store.prepare(Made(), tmp_path)
+    change(tmp_path / "labels.safetensors", -3)
+    for look in (lambda: d.hash, lambda: store.open_store(tmp_path)):
+        with pytest.raises(ValueError, match="labels.safetensors was changed"):
+            look()
+    (tmp_path / "labels.safetensors").unlink()
+    with pytest.raises(ValueError, match="labels.safetensors is gone.*prepare it again"):
         store.open_store(tmp_path)
 
 
@@ -194,6 +208,7 @@ def test_another_content_is_another_hash_and_an_equal_one_is_not_written_again(t
     assert store.prepare(labels, tmp_path).hash != second
     with pytest.raises(ValueError, match="labels.safetensors was changed"):
         b.hash                                               # what it was opened on has been replaced
+    assert torch.equal(b.batch(range(10)), numbers(other.pixels))
     bare = Made(key="d", labels={})
     assert store.prepare(bare, tmp_path).y is None
 
@@ -210,6 +225,9 @@ def test_broken_images_are_named_together_and_decoded_once(tmp_path, small_chunk
     kept = [0, 1, 3, 4, 5, 6, 7, 8]
     assert len(source.reads) == 10 and torch.equal(d.batch(range(8)), numbers(source.pixels[kept])) and d.y.tolist() == kept
     assert d.manifest["left_out"] == ["2.png", "9.png"]
+    with pytest.raises(ValueError, match="2 of 10 images"):                 # to leave them out must be said each time
+        store.prepare(source, tmp_path)
+    assert store.prepare(source, tmp_path, skip_broken=True).hash == d.hash
 
 
 def test_nothing_but_broken_images(tmp_path):
@@ -273,7 +291,7 @@ KILLED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[3])
 from test_store import Made, store
-store.decoded.__defaults__ = (0, 4)
+store._decoded.__defaults__ = (0, 4)
 source = Made(40)
 read, slow = source.read, int(sys.argv[2])
 source.read = lambda i: (time.sleep(0.02 * slow), os.write(2, b"%d\\n" % i), read(i))[2]
