@@ -114,6 +114,20 @@ def test_workers_and_copies_open_the_file_again(tmp_path):
         assert torch.equal(x, d.batch(i))
 
 
+def test_training_on_a_store_is_training_on_its_images(tmp_path, monkeypatch):
+    from diffcourse.training import fit
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    d = store.prepare(Made(30), tmp_path / "s").part(range(5, 30))
+    weights = []
+    for x in (d, data.Images(d.batch(range(25)), flip=True)):
+        torch.manual_seed(0)
+        net = torch.nn.Conv2d(3, 3, 3, padding=1)
+        loss = lambda net, x0, draw: (net(x0 + draw.noise()) - x0).square().mean((1, 2, 3))
+        fit(loss, net, x, f"run{len(weights)}", 12, batch=8, precision="fp32")
+        weights.append(net.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
 # --- opening ------------------------------------------------------------------------------------------------------
 
 def change(file, at=5):
