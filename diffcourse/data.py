@@ -102,7 +102,9 @@ class Rows(Samples):
         return len(self.x)
 
     def batch(self, indices):                   # (B, …) float32
-        return self.x[_indices(indices, len(self))].float()
+        i = _indices(indices, len(self)).to(self.x.device)
+        return self.x.index_select(0, i).float()
+
     def _keep(self, i):                         # for `part`
         self.x = self.x[i]
 
