@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'ARCHIVES', 'square', 'Files', 'store_of', 'image_folder']
 
-# %% ../nbs/28_files.ipynb #c2f613c6
-import io, lzma, os, shutil, tarfile, tempfile, zipfile, zlib
+# %% ../nbs/28_files.ipynb #df5ef907
+import io, lzma, os, shutil, tarfile, tempfile, weakref
+import zipfile, zlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -44,21 +45,23 @@ def _in_zip(path):
             for entry in archive.infolist()
             if not entry.is_dir() and _shown(entry.filename)}
 
-# %% ../nbs/28_files.ipynb #451c0c77
+# %% ../nbs/28_files.ipynb #ae37b748
+def _piece(file, entry):
+    raw = os.pread(file.fileno(), entry.size, entry.offset_data)
+    if len(raw) < entry.size:
+        raise EOFError("the archive was cut off here")
+    return raw
+
 def _in_tar(path):
     with tarfile.open(path) as archive:     # packed in whatever way
-        if isinstance(archive.fileobj, io.BufferedReader):
-            plain = open(path, "rb")
-        else:
-            plain = tempfile.TemporaryFile()
+        packed = not isinstance(archive.fileobj, io.BufferedReader)
+        plain = tempfile.TemporaryFile() if packed else open(path, "rb")
+        read = lambda entry: _piece(plain, entry)
+        weakref.finalize(read, plain.close)     # with the last of them
+        if packed:
             archive.fileobj.seek(0)
             shutil.copyfileobj(archive.fileobj, plain, 2**22)
             plain.seek(0)
-    def read(entry):
-        raw = os.pread(plain.fileno(), entry.size, entry.offset_data)
-        if len(raw) < entry.size:
-            raise EOFError("the archive was cut off here")
-        return raw
     with tarfile.open(fileobj=plain, mode="r:") as archive:
         return {e.name: ((e.size, e.mtime), lambda e=e: read(e))
                 for e in archive if e.isreg() and _shown(e.name)}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TERMS', 'HUB', 'celeba']
 
-# %% ../nbs/29_real_faces.ipynb #fd89f864
-import io, re
+# %% ../nbs/29_real_faces.ipynb #20360d72
+import io
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import runs
@@ -37,21 +38,23 @@ def _lines(source, name):
 
 # %% ../nbs/29_real_faces.ipynb #834a7991
 def _table(source, name):       # columns, (N, K) numbers; or two Nones
-    rows = [re.split(r"[,\s]+", line.strip())
-            for line in _lines(source, name)]
-    if not rows:
+    lines = [line.replace(",", " ").strip().partition(" ")
+             for line in _lines(source, name)]
+    if not lines:
         return None, None
-    image = lambda row: row[0].lower().endswith(SUFFIXES)
-    found = {Path(row[0]).stem: row[1:] for row in rows if image(row)}
+    found = {Path(file).stem: values for file, _, values in lines
+             if file.lower().endswith(SUFFIXES)}
     lost = [n for n in source.names if Path(n).stem not in found]
     if lost:
         raise ValueError(
             f"{name} has no line for {len(lost)} of "
             f"{len(source.names)} images in {source.where}, such as "
             f"{lost[0]}; put the list of this set there, or none")
-    values = torch.tensor([[int(v) for v in found[Path(n).stem]]
-                           for n in source.names])
-    head = [row for row in rows if len(row) > 1 and not image(row)]
+    text = " ".join(found[Path(n).stem] for n in source.names)
+    values = np.fromstring(text, np.int64, sep=" ")
+    values = torch.from_numpy(values.reshape(len(source.names), -1))
+    head = [f"{first} {rest}".split() for first, _, rest in lines
+            if rest and not first.lower().endswith(SUFFIXES)]
     return (head[0][-values.shape[1]:] if head else []), values
 
 # %% ../nbs/29_real_faces.ipynb #7508b3c3

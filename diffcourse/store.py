@@ -24,8 +24,7 @@ from .data import Samples, _indices
 
 # %% ../nbs/27_store.ipynb #fcfa9b8f
 FILES = ("pixels.u8", "labels.safetensors")
-KEYS = ("shape", "sha256", "labels", "columns", "name", "key",
-        "left_out")
+KEYS = "shape sha256 labels columns name key left_out".split()
 
 def scaled(
     pixels,  # (…) uint8, on any device
@@ -41,10 +40,11 @@ class _Mapped(Samples):     # the file as a tensor
         self.name, self.flip = manifest["name"], bool(flip)
         n, *shape = manifest["shape"]
         self.shape, self._there = tuple(shape), None
-        self._file = open(self.folder / "pixels.u8", "rb")
+        file = self.folder / "pixels.u8"
         self._all = torch.from_file(
-            self._file.name, shared=False, size=n * prod(shape),
+            str(file), shared=False, size=n * prod(shape),
             dtype=torch.uint8).view(n, *shape)
+        self._inode = file.stat().st_ino
         self._rows, self._stamp = torch.arange(n), _stamp(self.folder)
         self.labels, self.columns = {}, manifest["columns"]
         if manifest["labels"]:
@@ -64,13 +64,13 @@ def _stamp(folder):     # changes with the files, nearly always
              if (folder / file).exists()}
     return {k: [v.st_size, v.st_mtime_ns] for k, v in about.items()}
 
-def _long_enough(file, pixels):
-    size = os.fstat(file.fileno()).st_size
-    if size < pixels.numel():
-        raise OSError(
-            f"{file.name} has {size:,} bytes left of "
-            f"{pixels.numel():,}: something cut it off. Delete its "
-            f"folder and prepare it again")
+def _long_enough(store):
+    want, file = store._all.numel(), store.folder / "pixels.u8"
+    with suppress(FileNotFoundError):       # the mapping is still good
+        now = file.stat()
+        if now.st_ino == store._inode and now.st_size < want:
+            raise OSError(f"{file} was cut off, to {now.st_size:,} of "
+                          f"{want:,} bytes. {_again(store.folder)}")
 
 # %% ../nbs/27_store.ipynb #fb7d3e0f
 def _ahead(job, plan, depth):
@@ -89,7 +89,7 @@ def _ahead(job, plan, depth):
 class _Ahead(_Mapped):      # batches for a training
     def bytes(self, indices, pin=False):        # (B, C, H, W) uint8
         "The pixels as stored; pin: in memory that a GPU reads fast."
-        _long_enough(self._file, self._all)
+        _long_enough(self)
         i = self._rows[_indices(indices, len(self))]
         x = torch.empty(len(i), *self.shape, dtype=torch.uint8,
                         pin_memory=pin)
@@ -134,9 +134,9 @@ class Store(_Ahead):
     @property
     def hash(self):     # of the content, as it is now
         _verify(self)
-        rows = sha256(self._rows.numpy()).hexdigest()
-        said = [self.manifest[k] for k in ("shape", "sha256", "labels")]
-        return sha256(json.dumps([*said, rows]).encode()).hexdigest()
+        said = json.dumps([self.manifest[k] for k in KEYS[:3]])
+        rows = self._rows.numpy().tobytes()
+        return sha256(said.encode() + rows).hexdigest()
 
     def __reduce__(self):       # for worker processes: open it again
         return _reopen, (self.folder, self.manifest, self.flip,
