@@ -106,6 +106,27 @@ def test_reading_ahead_stops_with_its_reader_and_hands_on_errors(tmp_path):
     assert threading.active_count() == threads
 
 
+def test_bytes_that_lie_on_the_device_give_the_same(tmp_path):
+    d = store.prepare(Made(40), tmp_path).part(range(39, 9, -1))
+    plan = np.random.default_rng(2).integers(0, 30, (5, 8))
+    read = list(d.ahead(plan))
+    d._there = d.bytes(range(30))                            # where a GPU has them
+    for x, y in zip(read, d.ahead(plan), strict=True):
+        assert torch.equal(x, y)
+    assert d.part([3])._there is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_a_gpu_gets_the_same_numbers(tmp_path, monkeypatch, free):
+    d = store.prepare(Made(40), tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    plan = np.random.default_rng(2).integers(0, 40, (50, 8))
+    for i, x in zip(plan, d.ahead(plan, "cuda"), strict=True):
+        assert x.is_cuda and torch.equal(x.cpu(), d.batch(i))
+    assert (d._there is not None) == bool(free)
+
+
 def test_workers_and_copies_open_the_file_again(tmp_path):
     d = store.prepare(Made(1000, (3, 16, 16)), tmp_path).part(range(999, -1, -1))
     raw = pickle.dumps(d)
