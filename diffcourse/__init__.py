@@ -13,7 +13,10 @@ import difflib, hashlib, importlib, json, pathlib
 _names = {
     "paths": "Path VP Linear Prediction PREDICTIONS path_from "
     "linear_betas cosine_betas",
-    "data": "Images digits image_folder mnist fashion_mnist cifar10",
+    "data": "Images as_data digits mnist5k mnist fashion_mnist cifar10",
+    "store": "Store open_store prepare",
+    "files": "Files image_folder",
+    "real_faces": "celeba",
     "unet": "UNet count_parameters count_macs",
     "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
     "trailing leading linspace explicit Solver Euler sample Samples "

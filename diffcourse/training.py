@@ -16,7 +16,8 @@ from torch import nn
 
 from . import checkpoints, runs
 from .averages import EMA
-from .draws import DROPOUT, Draws, Rows, batches, flip
+from .data import Samples, as_data
+from .draws import DROPOUT, Draws, flip, plan
 from .identity import fingerprint, identify
 from .progress import Progress, interruptible, say
 from .settings import Settings, autocast, fast_bf16
@@ -142,12 +143,20 @@ def _careful(state, progress, writer):  # -> list: was Ctrl-C pressed?
                 raise
 
 # %% ../nbs/15_training.ipynb #992ae376
+def _batches(data, s, start, device):  # -> (B, …), where they are used
+    rows = plan(s.seed, s.batch, len(data), start, s.steps)
+    ahead = getattr(
+        data, "ahead", functools.partial(Samples.ahead, data)
+    )
+    return ahead(rows, device)
+
+# %% ../nbs/15_training.ipynb #d61868a3
 def _train(loss, state, data, acc, progress, how):
     s, writer = state.s, checkpoints.Writer()
     method = _compiled(acc.prepare(_Method(state.net.train(), loss)), s)
     last = saved = time.perf_counter()
     with _careful(state, progress, writer) as asked:
-        for x in batches(data, s, state.step, how.workers):
+        for x in _batches(data, s, state.step, acc.device):
             value = _iterate(method, state, x, data.flip, acc)
             progress(
                 state.step, value, learning_rate(state.step - 1, s)
@@ -238,7 +247,7 @@ def run_identity(
     Raises: TypeError naming what cannot be described."""
     settings = json.loads(json.dumps(dataclasses.asdict(s)))
     content = {"name": data.name, "hash": data.hash, "flip": data.flip}
-    loop = _iterate, batches  # the code around the loss
+    loop = _iterate, plan  # the code around the loss
     name, what = identify(
         net, loss=loss, data=content, settings=settings, loop=loop)
     return name, {"settings": settings, "data": content, **what}
@@ -246,8 +255,7 @@ def run_identity(
 # %% ../nbs/15_training.ipynb #620c0f82
 def _prepare(steps, settings, data, acc):  # -> all three, resolved
     s = Settings(steps=steps, **settings)
-    if isinstance(data, torch.Tensor):
-        data = Rows(data)
+    data = as_data(data)
     if len(data) == 0:
         raise ValueError(f"the data set {data.name} is empty")
     acc = _single(acc)
@@ -422,7 +430,7 @@ def _result(state, status, say):  # -> Fit, announced
 def fit(
     loss,  # loss(net, x0, draw) -> (B,); draw.t(), .noise(), .uniform()
     net: nn.Module,  # trained in place, on the device; its start counts
-    data,  # Images, or a tensor (N, …)
+    data,  # Images, a Store, a tensor or array (N, …), a Dataset
     run: str,  # name of the run, such as "digits/ddpm"
     steps: int,  # iterations
     *,
@@ -432,7 +440,6 @@ def fit(
     keep_every: int = 0,  # iterations between two numbered weights
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
-    workers: int = 2,  # processes that read images, for streamed data
     accelerator=None,  # yours, if you have one
     **settings,  # the other fields of Settings
 ) -> Fit:
@@ -442,7 +449,7 @@ def fit(
     TypeError for what cannot be described; FloatingPointError when
     the loss is not a number; OSError when a state cannot be written;
     KeyboardInterrupt after Ctrl-C, with the state saved."""
-    how = _How(every, callback, keep_every, save_every, workers)
+    how = _How(every, callback, keep_every, save_every)
     s, data, acc = _prepare(steps, settings, data, accelerator)
     _check_net(net, start)
     plain = torch.autocast(acc.device.type, enabled=False)
@@ -456,7 +463,6 @@ class _How:  # what shapes no weight
     callback: object
     keep_every: int
     save_every: float | None
-    workers: int
 
     def __post_init__(self):
         _check_watch(self)

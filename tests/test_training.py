@@ -204,15 +204,6 @@ def test_an_accelerator_of_yours_is_used():
     assert equal(a.net, b.net)
 
 
-def test_streamed_data_equals_data_in_memory():
-    a = train(steps=5)
-    b = fit(
-        loss, new_net(), Streamed(DATA), "b", 5, workers=1,
-        batch=16, warmup=5, log_every=5, precision="fp32",
-    )
-    assert equal(a.net, b.net)
-
-
 def test_nan_stops_and_the_last_good_state_is_kept(home):
     def bad(net, x0, draw):
         return loss(net, x0, draw) / (draw._key[1] < 12)  # bad from there on
@@ -355,29 +346,10 @@ def test_an_ignored_ctrl_c_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-class Streamed(draws.Rows):
-    streamed = True
-
-    def __getitem__(self, i):
-        return self.x[i]
-
-
-def test_streamed_data_with_spawned_workers():
-    settings = dict(batch=16, warmup=5, log_every=5, precision="fp32", workers=1)
-    before = torch.multiprocessing.get_start_method()
-    torch.multiprocessing.set_start_method("spawn", force=True)
-    try:
-        made = fit(loss, new_net(), Streamed(DATA), "spawned", 3, **settings)
-    finally:
-        torch.multiprocessing.set_start_method(before, force=True)
-    assert equal(made.net, train(steps=3).net)
-
-
-def test_the_plan_of_a_long_streamed_training_is_not_listed():
-    s, begin = Settings(10**9, batch=16), time.perf_counter()
-    batches = draws.batches(Streamed(DATA), s, 10**9 - 2, 0)
-    assert [len(x) for x in batches] == [16, 16]
-    next(draws.batches(Streamed(DATA), s, 0, 0))
+def test_the_plan_of_a_long_training_is_not_listed():
+    begin = time.perf_counter()
+    assert [len(i) for i in draws.plan(0, 16, 40, 10**9 - 2, 10**9)] == [16, 16]
+    next(draws.plan(0, 16, 40, 0, 10**9))
     assert time.perf_counter() - begin < 5
 
 
