@@ -30,9 +30,11 @@ _names = {
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs",
     "leaderboard": "",
-    "evaluation": "DigitClassifier score Score fd kid fid measure "
-    "read_records",
+    "evaluation": "DigitClassifier score Score fd kid fid measure",
+    "records": "read_records",
     "experiments": "",
+    "families": "",
+    "probes": "",
     "speed": "",
     "plotting": "",
     "runs": "home",

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TRAIN_SEEDS', 'SEEDS', 'MODELS', 'STARTS', 'PAIRS', 'SOLVERS', 'BUDGETS', 'GRIDS', 'EXPERIMENTS', 'NOISES',
-           'SCREENED', 'MADE_BY', 'UNTRAINED', 'Recipe', 'identity', 'solver_of', 'late', 'line', 'clipped', 'Row',
+           'SCREENED', 'COMMON', 'UNTRAINED', 'Recipe', 'identity', 'solver_of', 'late', 'line', 'clipped', 'Row',
            'train', 'made_by', 'second_judge', 'key', 'command', 'run_row', 'run_floor', 'run_corruptions', 'todo',
            'estimate', 'make_results', 'main']
 
 # %% ../nbs/20_experiments.ipynb #d57410f3
-import argparse, json, multiprocessing, os, statistics, sys, time
+import argparse, dataclasses, hashlib, json, multiprocessing
+import os, statistics, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -26,18 +27,19 @@ from .distill import SETTINGS, Distillation, compact
 
 # %% ../nbs/20_experiments.ipynb #14604a6b
 from .evaluation import ClassifierLoss, DigitClassifier
-from .evaluation import Labelled, Records, classifier_hash
+from .evaluation import Labelled, classifier_hash
 from .evaluation import corruptions, environment, fd
 from .evaluation import features, floor, measure_floor
-from .evaluation import read_records, reference_hash
-from .evaluation import results_folder, score, source_hash
-from .evaluation import to_bytes, write_record
+from .evaluation import reference_hash, results_folder
+from .evaluation import score, to_bytes
 from .flow_matching import FlowMatching, LogitNormal
 from .meanflow import DistributionMatching, Drift, Intervals
 from .meanflow import MeanFlow, MeanFlowLoss, PairRegression
 from .meanflow import Reflow, WithFake, make_pairs
 from .meanflow import trainable, with_interval
 from .paths import VP
+from .records import Records, read_records, versions
+from .records import write_record
 from .sampling import Denoiser, Euler, Solver
 from .sampling import cosine, explicit, leading, linspace
 from .sampling import logsnr, quadratic, sample, trailing
@@ -86,18 +88,42 @@ class Recipe:
         for k in ("parent", "teacher"):
             own[k] = own[k] and identity(own[k])
         if self.data == "pairs":
-            own["pairs"] = str(PAIRS)
+            own["pairs"] = PAIRS
+        own = {k: v for k, v in own.items() if v}
         return {**own, "common": SETTINGS}
 
 # %% ../nbs/20_experiments.ipynb #76897993
+def _said(obj):  # what JSON can hold: names of classes, and values
+    if hasattr(obj, "config"):
+        return _said(obj.config())
+    if isinstance(obj, dict):
+        return {k: _said(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_said(v) for v in obj]
+    if dataclasses.is_dataclass(obj):
+        return [type(obj).__name__, _unusual(obj)]
+    plain = obj is None or isinstance(obj, (bool, int, float, str))
+    return obj if plain else repr(obj)
+
+
+def _unusual(obj):  # the fields that have not their default
+    found = {}
+    for f in dataclasses.fields(obj):
+        usual = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            usual = f.default_factory()
+        value = _said(getattr(obj, f.name))
+        if value != _said(usual):
+            found[f.name] = value
+    return found
+
+# %% ../nbs/20_experiments.ipynb #1d902ad8
 def identity(
     model: str,  # a key of MODELS
 ) -> str:
     "Equal where loss, options, start and ancestors are."
-    made = MODELS[model]
-    if isinstance(made, Recipe):  # of this module, run or imported
-        made = made.config()
-    return runs.fingerprint(made)
+    text = json.dumps(_said(MODELS[model]), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../nbs/20_experiments.ipynb #c2963357
 STARTS = {
@@ -500,7 +526,7 @@ def _about(made, model, seed, steps):
     }
 
 # %% ../nbs/20_experiments.ipynb #54cdabb4
-MADE_BY = ("ddpm", "ddim", "flow_matching", "unet", "training", "data")
+COMMON = ("data", "unet", "training", "sampling", "judge")
 
 
 def _lineage(model):  # the models behind a model, and itself
@@ -511,22 +537,22 @@ def _lineage(model):  # the models behind a model, and itself
     return own
 
 
-def made_by(row: Row) -> tuple:  # the modules behind a row
-    "Those of the model, of its parents, and of the solver."
-    own = {"solvers"} if SOLVERS[row.solver] in _LATER else set()
-    own |= {"meanflow"} if row.solver == "MeanFlow()" else set()
+def made_by(experiment: str, row: Row) -> dict:  # family -> version
+    "What is behind a row, for its record."
+    solver = solver_of(row.solver, row.steps)
+    own = {*COMMON, type(solver).__name__, f"grid {row.grid}"}
+    own |= {"ClassifierLoss"} if _judged_twice(experiment) else set()
     for made in map(MODELS.get, _lineage(row.model)):
-        if isinstance(made, Recipe):
-            own.add(made.loss.__module__.partition(".")[2])
-            own |= {"meanflow"} if made.data == "pairs" else set()
-    return (*MADE_BY, *sorted(own - set(MADE_BY)))
+        kind = made.loss if isinstance(made, Recipe) else type(made)
+        own.add(kind.__name__)
+        if getattr(made, "data", None) == "pairs":
+            own |= {"pairs", type(PAIRS["solver"]).__name__}
+            own.add(f"grid {PAIRS['grid'].kind}")
+    return versions(own)
 
 
-_LATER = [
-    s
-    for s in SOLVERS.values()
-    if isinstance(s, int) or type(s).__module__.endswith("solvers")
-]
+def _judged_twice(experiment):
+    return experiment[:2] in ("06", "07")
 
 # %% ../nbs/20_experiments.ipynb #2703bee6
 @cache
@@ -564,7 +590,7 @@ def _second_hash():
     return runs.fingerprint(dict(second_judge().state_dict()))
 
 # %% ../nbs/20_experiments.ipynb #bc04678d
-def _record(experiment, model, value, modules=(), device="cpu"):
+def _record(experiment, model, value, made, device="cpu"):
     return {
         "experiment": experiment,
         "model": model,
@@ -575,8 +601,7 @@ def _record(experiment, model, value, modules=(), device="cpu"):
         **environment(device),
         "dtype": "float32",
         "date": date.today().isoformat(),
-        "modules": list(modules),
-        "source": source_hash(tuple(modules)),
+        "made": made,
     }
 
 # %% ../nbs/20_experiments.ipynb #1b18477f
@@ -617,12 +642,11 @@ def run_row(
     each = dict(seeds=range(*row.seeds), batch=125)
     out = sample(den, (1, 8, 8), solver, grid, **each)
     found = asdict(score(out.x))
-    record = _record(
-        experiment, row.model, found.pop("fd"), made_by(row), den.device
-    )
+    what = experiment, row.model, found.pop("fd")
+    record = _record(*what, made_by(experiment, row), den.device)
     cost = {"nfe": out.nfe, "seconds": round(out.seconds, 2)}
     record |= key(row) | about | cost | found
-    if experiment[:2] in ("06", "07"):
+    if _judged_twice(experiment):
         record["fd2"] = fd(_second(out.x), _second_real())
         record["feature_hash2"] = _second_hash()
     record["parameters"] = count_parameters(den.net)
@@ -633,7 +657,8 @@ def run_row(
 def _plain(experiment, name, value, n, **more):  # of no training
     command = f"python -m diffcourse.experiments {experiment} --again"
     own = {"n": n, "train_seed": 0, "command": command}
-    return _record(experiment, name, value) | own | more
+    made = versions(["data", "judge"])
+    return _record(experiment, name, value, made) | own | more
 
 
 def run_floor() -> list[dict]:
@@ -664,10 +689,12 @@ def _found(name, folder):
         return Records()
 
 
-def _stands(found, row, seed):
+def _stands(found, name, row, seed):
     same = found.where(**key(row), train_seed=seed)
+    old = same.old()
     return any(
-        r["source"] == source_hash(made_by(row))
+        r not in old
+        and r["made"] == made_by(name, row)
         and r["train_steps"]
         == getattr(MODELS[row.model], "steps", STEPS)
         and r["loss"] == identity(row.model)
@@ -690,8 +717,8 @@ def todo(
         own = TRAIN_SEEDS[:1] if name in SCREENED else TRAIN_SEEDS
         for row in EXPERIMENTS.get(name, ()):
             if key(row) == key(row) | wanted:
-                for s in own:
-                    if seed in (None, s) and not _stands(found, row, s):
+                for s in own if seed is None else {seed} & {*own}:
+                    if not _stands(found, name, row, s):
                         chosen.append((name, row, s))
     return sorted(chosen, key=_place)
 

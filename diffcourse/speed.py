@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from . import runs
-from .evaluation import Table, environment
+from .evaluation import environment
 from .flow_matching import FlowMatching
 from .paths import Linear, patch_to
+from .records import Table
 from .sampling import Denoiser, Euler, sample, uniform
 from .training import fast_bf16
 

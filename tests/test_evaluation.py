@@ -1,4 +1,4 @@
-"""Distances against closed forms and torch-fidelity, the judge, copies, records, timing."""
+"""Distances against closed forms and torch-fidelity, the judge, copies, the floor, timing."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import diffcourse
 from diffcourse import evaluation as ev
 from diffcourse.data import digits
 from diffcourse.paths import Linear
+from diffcourse.records import read_records
 from diffcourse.sampling import Denoiser, Euler, sample, uniform
 from diffcourse.unet import UNet
 
@@ -240,84 +241,11 @@ def test_photographs_that_cannot_be_scored(shape):
         ev.fid(torch.zeros(shape), torch.zeros(shape))
 
 
-# -- records ------------------------------------------------------------------
-
-def record(seed=0, value=1.0, **more):
-    modules = ["paths"]
-    return {"model": "m", "solver": "s", "grid": "uniform", "steps": 10, "nfe": 10, "train_seed": seed, "seeds": "0-9",
-            "value": value, "floor": 0.5, "n": 10, "device": "D", "date": "2026-01-02",
-            "modules": modules, "source": ev.source_hash(tuple(modules)), **more}
-
-
-def test_records_come_back(tmp_path):
-    for seed in range(3):
-        ev.write_record("x", record(seed, 1.0 + seed), tmp_path)
-    ev.write_record("x", record(1, 9.0), tmp_path)  # the same key: in its place
-    found = ev.read_records("x", tmp_path)
-    assert sorted(r["value"] for r in found) == [1.0, 3.0, 9.0]
-    assert len(found.where(train_seed=[0, 2])) == 2 and not found.where(model="other")
-    assert found.curves("nfe") == {"s": ([10], [pytest.approx(26 / 3)], [2.0], [18.0])}
-    assert "8.67 ± 8.33" in repr(found.table("steps", "solver"))
-    assert "recorded on D, 2026-01-02" in found.table("steps", "solver")._repr_html_()
-
-
-def test_records_of_another_version_are_marked_and_not_mixed(tmp_path):
-    ev.write_record("x", record(0, 1.0), tmp_path)
-    ev.write_record("x", record(1, 100.0, source="older"), tmp_path)
-    found = ev.read_records("x", tmp_path)
-    assert [r["train_seed"] for r in found.old()] == [1]
-    text = repr(found.table("steps", "solver"))
-    assert "2.00" in text and "100" not in text.splitlines()[1] and "another version" in text
-    only_old = found.where(train_seed=1)
-    assert "200.00 †" in repr(only_old.table("steps", "solver"))
-    assert list(only_old.curves("nfe")) == ["s †"]
-    assert found.curves("nfe")["s"] == ([10], [2.0], [2.0], [2.0])
-    with pytest.raises(ValueError, match="another version"):
-        ev.pairs(only_old, found.where(train_seed=0))
-
-
-def test_records_of_a_version_that_had_other_modules():
-    gone, unknown = record(modules=["gone"]), record()
-    del unknown["modules"]
-    assert len(ev.Records([gone, unknown, record()]).old()) == 2
-
-
-def test_pairs(tmp_path):
-    a = ev.Records(record(s, v) for s, v in enumerate((1.0, 2.0, 3.0)))
-    b = ev.Records(record(s, v) for s, v in enumerate((2.0, 2.5, 3.5)))
-    (p,) = ev.pairs(a, b)
-    assert p.at == 10 and p.differences == [-2.0, -1.0, -1.0] and p.verdict == "better"
-    assert ev.pairs(b, a)[0].verdict == "worse"
-    mixed = ev.Records([*a[:2], record(2, 4.0)])
-    assert ev.pairs(mixed, b)[0].verdict == "undecided"
-    assert ev.pairs(a, ev.Records([record(0, nfe=7)])) == []
-
-
-def test_the_mean_over_sets_of_noise():
-    made = [record(s, v) | {"seeds": e} for s in (0, 1) for e, v in (("1000-1999", 1.0 + s), ("2000-2999", 4.0))]
-    other = record(0, 9.0) | {"source": "of other code", "seeds": "3000-3999"}
-    means = ev.Records([*made, other]).averaged()
-    assert [r["value"] for r in means] == [2.5, 3.0, 9.0]  # of other code: never in the same mean
-    assert [r["noises"] for r in means] == [2, 2, 1] and means[0]["seeds"] == "1000-1999, 2000-2999"
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"value": 1}', "null"])
-def test_a_damaged_record(tmp_path, line):
-    ev.write_record("x", record(), tmp_path)
-    with open(tmp_path / "x.jsonl", "a") as f:
-        f.write(line + "\n")
-    with pytest.raises(ValueError, match="line 2 is no record"):
-        ev.read_records("x", tmp_path)
-
-
-def test_no_records(tmp_path):
-    with pytest.raises(FileNotFoundError, match="make results"):
-        ev.read_records("x", tmp_path)
-
+# -- the floor ---------------------------------------------------------------
 
 @pytest.mark.parametrize("changed", ["feature_hash", "reference_hash"])
 def test_a_floor_of_another_judge_or_data_set(tmp_path, monkeypatch, changed):
-    line = ev.read_records("16_floor")[0] | {changed: "f" * 64}
+    line = read_records("16_floor")[0] | {changed: "f" * 64}
     (tmp_path / "16_floor.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(ev, "results_folder", lambda: tmp_path)
     ev.floor.cache_clear()
@@ -328,8 +256,14 @@ def test_a_floor_of_another_judge_or_data_set(tmp_path, monkeypatch, changed):
         ev.floor.cache_clear()
 
 
-def test_the_source_of_a_record():
-    assert ev.source_hash(("paths",)) != ev.source_hash(("unet",))
+def test_without_a_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "results_folder", lambda: tmp_path)
+    ev.floor.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError, match="16_floor.jsonl: run make results"):
+            ev.floor()
+    finally:
+        ev.floor.cache_clear()
 
 
 # -- time ---------------------------------------------------------------------

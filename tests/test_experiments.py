@@ -14,6 +14,7 @@ import pytest
 from diffcourse import evaluation as ev
 from diffcourse import experiments as ex
 from diffcourse import leaderboard as lb
+from diffcourse import records as rc
 from test_front_matter import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,11 +56,44 @@ def test_students_come_after_their_teachers():
             assert order.index(recipe.parent) < order.index(name)
 
 
-def test_the_modules_behind_a_row():
-    assert ex.made_by(ex.Row("flow", "Euler()", 5)) == ex.MADE_BY
-    assert ex.made_by(ex.Row("flow", "DPMSolver(3)", 4)) == (*ex.MADE_BY, "solvers")
-    assert ex.made_by(ex.Row("distilled 5", "Euler()", 5)) == (*ex.MADE_BY, "distill")
-    assert ex.made_by(ex.Row("drift", "Euler()", 1)) == (*ex.MADE_BY, "meanflow")
+def behind(model, solver="Euler()", steps=5, grid="uniform", experiment="04_flow"):
+    return ex.made_by(experiment, ex.Row(model, solver, steps, grid)).keys() - set(ex.COMMON)
+
+
+def test_the_families_behind_a_row():
+    assert set(ex.COMMON) <= ex.made_by("04_flow", ex.Row("flow", "Euler()", 5)).keys()
+    assert behind("flow") == {"FlowMatching", "Euler", "grid uniform"}
+    assert behind("v cosine", "DPMSolver(3)", 4, "clipped") == {"DenoisingLoss", "DPMSolver", "grid clipped"}
+    assert behind("distilled 5", experiment="06_distill") == {"FlowMatching", "Distillation", "Euler", "grid uniform", "ClassifierLoss"}
+    crowd = {"FlowMatching", "PairRegression", "Drift", "pairs", "AB2"}  # the solver that makes the pairs
+    assert behind("drift", steps=1) == crowd | {"Euler", "grid uniform"}
+
+
+def test_raising_a_version_makes_the_records_behind_it_out_of_date(monkeypatch):
+    every = [(n, row) for n, rows in ex.EXPERIMENTS.items() for row in rows]
+    for family, wanted in (("Drift", lambda r: r.model.startswith("drift")), ("grid late", lambda r: r.grid == "late"),
+                           ("MeanFlow", lambda r: r.solver == "MeanFlow()")):
+        with monkeypatch.context() as m:
+            m.setitem(rc.VERSIONS, family, 99)
+            assert {(n, r) for n, r, _ in ex.todo()} == {(n, r) for n, r in every if wanted(r)} != set()
+
+
+def test_where_a_class_is_defined_does_not_count(monkeypatch):
+    before = {m: ex.identity(m) for m in ex.MODELS}
+    for kind in (ex.Distillation, ex.FlowMatching, ex.Intervals, ex.Recipe):
+        monkeypatch.setattr(kind, "__module__", "diffcourse.elsewhere")
+    assert {m: ex.identity(m) for m in ex.MODELS} == before
+
+
+def test_a_new_option_with_its_default_is_no_new_recipe(monkeypatch):
+    from dataclasses import make_dataclass
+
+    wider = make_dataclass("LogitNormal", [("low", float, 0.0)], bases=(ex.LogitNormal,), frozen=True)
+    before = ex.identity("flow logit-normal")
+    monkeypatch.setattr(ex.MODELS["flow logit-normal"], "times", wider())
+    assert ex.identity("flow logit-normal") == before
+    monkeypatch.setattr(ex.MODELS["flow logit-normal"], "times", wider(low=0.1))
+    assert ex.identity("flow logit-normal") != before
 
 
 def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
@@ -68,7 +102,7 @@ def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
     row = ex.Row("drift", "Euler()", 1, seeds=(2000, 2066))
     made = ex.run_row("04_flow", row, 0, 2)
     assert made["nfe"] == 1 and made["seeds"] == "2000-2065" and made["train_steps"] == 2
-    assert made["modules"][-1] == "meanflow" and "--seeds 2000-2065" in made["command"]
+    assert made["made"]["Drift"] == rc.VERSIONS["Drift"] and "--seeds 2000-2065" in made["command"]
     assert sorted(p.name for p in tmp_path.glob("runs/results/*-0")) == ["drift-0", "flow-0", "regression-0"]
     ex._trained.cache_clear()  # fetched from the disk
     assert ex.run_row("04_flow", row, 0, 2)["value"] == made["value"]
@@ -81,7 +115,7 @@ def test_a_single_step_solver_that_no_budget_has():
 
 def test_every_record_is_committed():
     for name, rows in ex.EXPERIMENTS.items():
-        found, seen = ev.read_records(name), 0
+        found, seen = rc.read_records(name), 0
         for row in rows:
             for seed in ex.TRAIN_SEEDS[:1] if name in ex.SCREENED else ex.TRAIN_SEEDS:
                 one = found.where(**ex.key(row), train_seed=seed)
@@ -94,7 +128,7 @@ def test_every_record_is_committed():
 
 
 def test_one_second_judge():
-    judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in ev.read_records(name)}
+    judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in rc.read_records(name)}
     assert len(judges) == 1 and None not in judges
 
 
@@ -170,10 +204,10 @@ def evaluations(row):
 
 
 def test_what_a_record_holds():
-    every = "metric value floor n reference_hash feature_hash model device dtype versions command source date".split()
+    every = "metric value floor n reference_hash feature_hash model device dtype versions command made date".split()
     sampled = "solver grid steps nfe seeds seconds train_seed kid kid_error memorisation".split()
     for name in [*ex.UNTRAINED, *ex.EXPERIMENTS]:
-        for r in ev.read_records(name):
+        for r in rc.read_records(name):
             assert not set(every + (sampled if name in ex.EXPERIMENTS else [])) - set(r), name
             assert r["feature_hash"] == ev.classifier_hash() and r["reference_hash"] == ev.reference_hash()
 
@@ -188,14 +222,14 @@ def test_a_record_made_again_from_the_shipped_weights():
 
     den = dc.load("digits/flow", source="shipped")
     out = dc.sample(den, (1, 8, 8), grid=dc.uniform(5), seeds=range(1000, 2000))
-    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
+    (r,) = rc.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
     assert ev.score(out.x).fd == pytest.approx(r["value"], rel=0.02) and out.nfe == r["nfe"]
 
 
 def test_quality_that_the_book_promises():
     "Digits, mean of three training seeds, in multiples of the floor."
     def mean(name, **where):
-        found = ev.read_records(name).where(**where)
+        found = rc.read_records(name).where(**where)
         assert len(found) == 3
         assert min(r["memorisation"] for r in found) >= 0.9
         return sum(r["value"] / r["floor"] for r in found) / 3
@@ -206,7 +240,7 @@ def test_quality_that_the_book_promises():
 
 def test_quality_of_few_steps():
     "Means of three training seeds and three sets of noise, in multiples of the floor."
-    flow = [r["value"] / r["floor"] for r in ev.read_records("05_solvers").where(model="flow", solver="DPMpp(2)", grid="uniform", nfe=10)]
+    flow = [r["value"] / r["floor"] for r in rc.read_records("05_solvers").where(model="flow", solver="DPMpp(2)", grid="uniform", nfe=10)]
     assert len(flow) == 3 and sum(flow) / 3 <= 2
     for nfe, most in ((2, 3.0), (1, 3.6)):
         assert lb.best(nfe)[1][0].fd <= most
@@ -214,7 +248,7 @@ def test_quality_of_few_steps():
     of = {(m.model, m.nfe): m.fd for m in lb.board()}
     assert lb.best(1)[1][0].fd <= 1.8 * of["flow", 24]
     assert of["distilled 5 compact", 5] <= 1.3 * of["distilled 5 accurate", 5]
-    for r in ev.read_records("07_one_step"):
+    for r in rc.read_records("07_one_step"):
         assert r["memorisation"] >= 0.9, (r["model"], r["nfe"])
 
 
@@ -272,13 +306,17 @@ def test_what_does_not_exist_is_refused(wrong, allowed, capsys):
 
 def test_another_version_is_to_do_again(tmp_path):
     (row,) = {r for r in ex.EXPERIMENTS["04_flow"] if r.model == "flow" and r.steps == 5}
-    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
-    r["source"] = ev.source_hash(ex.MADE_BY)
-    ev.write_record("04_flow", r, tmp_path)
+    (r,) = rc.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
     chosen = dict(folder=tmp_path, seed=0, model="flow", steps=5)
-    assert ex.todo(["04_flow"], **chosen) == []
-    ev.write_record("04_flow", r | {"source": "older"}, tmp_path)
-    assert ex.todo(["04_flow"], **chosen) == [("04_flow", row, 0)]
+    for change, todo in (({}, 0), ({"made": r["made"] | {"Euler": 0}}, 1), ({"made": {}}, 1), ({"feature_hash": "0"}, 1),
+                         ({"loss": "0"}, 1), ({"train_steps": 9}, 1)):
+        rc.write_record("04_flow", r | change, tmp_path)
+        assert ex.todo(["04_flow"], **chosen) == [("04_flow", row, 0)] * todo, change
+
+
+def test_nothing_is_left_to_do(capsys):
+    ex.main(["--list"])
+    assert capsys.readouterr().out == ""
 
 
 # -- measured numbers in the text ---------------------------------------------
