@@ -17,7 +17,6 @@ from .data import digits
 from .ddim import DDIM
 from .ddpm import DDPM, DenoisingLoss
 from .distill import Distillation, compact
-from .experiments import GRIDS
 
 # %% ../nbs/30_families.ipynb #c7372443
 from .flow_matching import FlowMatching, LogitNormal
@@ -33,6 +32,9 @@ from .solvers import Midpoint
 from .training import Draws, Settings, batch_indices, fit
 from .training import learning_rate
 from .unet import UNet, count_parameters
+
+# %% ../nbs/30_families.ipynb #74c7265e
+from .experiments import GRIDS
 
 # %% ../nbs/30_families.ipynb #da2010a3
 def sum_up(

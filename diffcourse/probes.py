@@ -10,8 +10,11 @@ import argparse, json, math
 
 from . import runs
 from .evaluation import results_folder
+from .families import probe
+
+# %% ../nbs/31_probes.ipynb #811e088a
 from .experiments import COMMON
-from .families import LOSSES, probe
+from .families import LOSSES
 from .records import VERSIONS
 
 # %% ../nbs/31_probes.ipynb #db085786
