@@ -1,8 +1,7 @@
-"""Distances against closed forms and torch-fidelity, the judge, copies, the floor, timing."""
+"""Distances against closed forms and torch-fidelity, the judge, copies, the floor."""
 
 import json
 import math
-import urllib.error
 
 import pytest
 import torch
@@ -10,10 +9,7 @@ import torch
 import diffcourse
 from diffcourse import evaluation as ev
 from diffcourse.data import digits
-from diffcourse.paths import Linear
 from diffcourse.records import read_records
-from diffcourse.sampling import Denoiser, Euler, sample, uniform
-from diffcourse.unet import UNet
 
 
 def cloud(n, d, seed, mean=0.0, std=1.0):
@@ -191,56 +187,6 @@ def test_sorted_digits():
     assert (few[20:] == 1).all() and not (few[15:19] == 1).all()  # white where there is none
 
 
-# -- Inception ----------------------------------------------------------------
-
-@pytest.fixture
-def no_internet(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-
-
-def test_inception_without_internet(no_internet):
-    with pytest.raises(ConnectionError, match="weights=…"):
-        ev.inception_weights()
-
-
-def test_inception_with_other_weights(no_internet, tmp_path):
-    file = tmp_path / "w.pth"
-    with pytest.raises(FileNotFoundError, match="no weights"):
-        ev.inception_weights(file)
-    file.write_bytes(b"something")
-    with pytest.raises(ValueError, match="6726825d"):
-        ev.inception_weights(file)
-
-
-def test_inception_from_a_file(monkeypatch, tmp_path):
-    "The whole way with random weights: what stands in the file is what computes."
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    kind, seed = theirs.FeatureExtractorInceptionV3, torch.manual_seed(0)
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: {})
-    with monkeypatch.context() as m:
-        m.setattr(kind, "load_state_dict", lambda *a, **k: None)
-        net = kind("x", ["2048"])
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    monkeypatch.setattr(ev, "INCEPTION", ev._sha256(tmp_path / "w.pth")[:8])
-    x = torch.rand(3, 3, 32, 32) * 2 - 1
-    photos = ev.to_bytes(x)
-    (found,) = ev._inception(ev.inception_weights(tmp_path / "w.pth"), [photos], 2)
-    assert found.shape == (3, 2048)
-    assert torch.allclose(found, net(photos)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2048, 3, 2, 2), (3000, 1, 2, 2)])
-def test_photographs_that_cannot_be_scored(shape):
-    with pytest.raises(ValueError, match="2,048"):
-        ev.fid(torch.zeros(shape), torch.zeros(shape))
-
-
 # -- the floor ---------------------------------------------------------------
 
 @pytest.mark.parametrize("changed", ["feature_hash", "reference_hash"])
@@ -264,29 +210,3 @@ def test_without_a_floor(tmp_path, monkeypatch):
             ev.floor()
     finally:
         ev.floor.cache_clear()
-
-
-# -- time ---------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def den():
-    torch.manual_seed(0)
-    return Denoiser(UNet(base=8).eval(), Linear(), "flow")
-
-
-def test_join_keeps_nfe(den):
-    parts = [sample(den, (1, 8, 8), Euler(), uniform(3), seeds=range(k, k + 2)) for k in (0, 2)]
-    whole = ev.join(parts)
-    assert whole.nfe == 3 and whole.x.shape == (4, 1, 8, 8)
-    assert whole.seconds == pytest.approx(sum(p.seconds for p in parts))
-    other = sample(den, (1, 8, 8), Euler(), uniform(4), n=2)
-    with pytest.raises(ValueError, match=r"NFE \[3, 4\]"):
-        ev.join([*parts, other])
-
-
-def test_measure(den):
-    t = ev.measure(den, (1, 8, 8), grid=uniform(4), batch=3, repeats=2)
-    assert (t.nfe, t.batch, t.dtype) == (4, 3, "float32")
-    assert t.parameters == sum(p.numel() for p in den.net.parameters())
-    assert t.ms_per_image > 0 and t.peak_mb > 50 and t.macs > 1e5
-    assert "NFE 4, batch 3" in str(t) and t.device in str(t)

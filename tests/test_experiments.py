@@ -14,6 +14,7 @@ import pytest
 from diffcourse import evaluation as ev
 from diffcourse import experiments as ex
 from diffcourse import leaderboard as lb
+from diffcourse import recording as rg
 from diffcourse import records as rc
 from test_front_matter import sources
 
@@ -30,7 +31,7 @@ def test_experiments_are_what_the_book_says():
             assert row.seeds[1] <= 1000 if chosen else row.seeds in ex.NOISES  # chosen on other noise than reported
     assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == ex.NOISES[0] == (1000, 2000)
     with pytest.raises(ValueError, match="must not teach"):  # no noise of the report makes pairs
-        ex.make_pairs(ex.Denoiser(ex.UNet(), ex.MODELS["flow"].path, "flow"), 2, max(ex.NOISES)[1] - 1)
+        rg.make_pairs(rg.Denoiser(ex.UNet(), ex.MODELS["flow"].path, "flow"), 2, max(ex.NOISES)[1] - 1)
 
 
 def test_recipes_name_models_that_exist_and_differ():
@@ -50,7 +51,7 @@ def test_other_pairs_are_another_training(monkeypatch):
 
 
 def test_students_come_after_their_teachers():
-    order = [row.model for _, row, seed in ex.todo(again=True) if seed == 0]
+    order = [row.model for _, row, seed in rg.todo(again=True) if seed == 0]
     for name, recipe in ex.MODELS.items():
         if isinstance(recipe, ex.Recipe) and recipe.parent in order and name in order:
             assert order.index(recipe.parent) < order.index(name)
@@ -75,7 +76,7 @@ def test_raising_a_version_makes_the_records_behind_it_out_of_date(monkeypatch):
                            ("MeanFlow", lambda r: r.solver == "MeanFlow()")):
         with monkeypatch.context() as m:
             m.setitem(rc.VERSIONS, family, 99)
-            assert {(n, r) for n, r, _ in ex.todo()} == {(n, r) for n, r in every if wanted(r)} != set()
+            assert {(n, r) for n, r, _ in rg.todo()} == {(n, r) for n, r in every if wanted(r)} != set()
 
 
 def test_where_a_class_is_defined_does_not_count(monkeypatch):
@@ -100,12 +101,12 @@ def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path))
     monkeypatch.setitem(ex.PAIRS, "grid", ex.uniform(2))
     row = ex.Row("drift", "Euler()", 1, seeds=(2000, 2066))
-    made = ex.run_row("04_flow", row, 0, 2)
+    made = rg.run_row("04_flow", row, 0, 2)
     assert made["nfe"] == 1 and made["seeds"] == "2000-2065" and made["train_steps"] == 2
     assert made["made"]["Drift"] == rc.VERSIONS["Drift"] and "--seeds 2000-2065" in made["command"]
     assert sorted(p.name for p in tmp_path.glob("runs/results/*-0")) == ["drift-0", "flow-0", "regression-0"]
-    ex._trained.cache_clear()  # fetched from the disk
-    assert ex.run_row("04_flow", row, 0, 2)["value"] == made["value"]
+    rg._trained.cache_clear()  # fetched from the disk
+    assert rg.run_row("04_flow", row, 0, 2)["value"] == made["value"]
 
 
 def test_a_single_step_solver_that_no_budget_has():
@@ -135,63 +136,63 @@ def test_one_second_judge():
 def test_a_choice_that_no_row_has(tmp_path, capsys):
     for slip in (dict(steps=7), dict(seeds="1000-2000"), dict(modle="flow")):
         with pytest.raises(ValueError, match="no row of .*--list"):
-            ex.make_results(["04_flow"], folder=tmp_path, **slip)
+            rg.make_results(["04_flow"], folder=tmp_path, **slip)
     with pytest.raises(SystemExit):
-        ex.main(["04_flow", "--steps", "7"])
+        rg.main(["04_flow", "--steps", "7"])
     assert "no row of ['04_flow'] has {'steps': 7}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_choice_of_rows_leaves_the_floor_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(ex, "_work", lambda jobs, workers: iter(()))
-    monkeypatch.setattr(ex, "estimate", lambda *_: 0.0)
-    names = [*ex.UNTRAINED, *ex.EXPERIMENTS]
-    ex.make_results(names, again=True, folder=tmp_path, model="drift", seed=0)
+    monkeypatch.setattr(rg, "_work", lambda jobs, workers: iter(()))
+    monkeypatch.setattr(rg, "estimate", lambda *_: 0.0)
+    names = [*rg.UNTRAINED, *ex.EXPERIMENTS]
+    rg.make_results(names, again=True, folder=tmp_path, model="drift", seed=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_make_results_without_a_floor_says_so_before_it_trains(monkeypatch):
     def none():
         raise FileNotFoundError("no records '16_floor'")
-    monkeypatch.setattr(ex, "floor", none)
-    monkeypatch.setattr(ex, "_work", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(rg, "floor", none)
+    monkeypatch.setattr(rg, "_work", lambda *_: pytest.fail("it trained"))
     with pytest.raises(FileNotFoundError, match="16_floor"):
-        ex.make_results(["04_flow"], again=True, seed=0)
+        rg.make_results(["04_flow"], again=True, seed=0)
 
 
 def test_the_estimate_counts_ancestors_and_batches():
-    assert ex._lineage("drift 2") == {"drift 2", "distilled 2 accurate", "flow"}
-    assert ex._lineage("distribution matching") == {"distribution matching", "regression", "flow"}
-    long, large = (ex._iterations(ex.MODELS[m]) for m in ("control", "control 512"))
+    assert ex.lineage("drift 2") == {"drift 2", "distilled 2 accurate", "flow"}
+    assert ex.lineage("distribution matching") == {"distribution matching", "regression", "flow"}
+    long, large = (rg._iterations(ex.MODELS[m]) for m in ("control", "control 512"))
     assert large == 2 * long  # half as many iterations, of eight times the images
 
 
 def test_the_estimate_counts_each_training_once(monkeypatch):
-    monkeypatch.setattr(ex, "fit", lambda *_, steps, **__: types.SimpleNamespace(net=None, seconds=float(steps)))
-    monkeypatch.setattr(ex, "Denoiser", lambda *_: None)
-    monkeypatch.setattr(ex, "sample", lambda *_, **__: types.SimpleNamespace(seconds=0.0))
-    jobs = ex.todo(["07_one_step"], again=True, seed=0, model="drift 2")
+    monkeypatch.setattr(rg, "fit", lambda *_, steps, **__: types.SimpleNamespace(net=None, seconds=float(steps)))
+    monkeypatch.setattr(rg, "Denoiser", lambda *_: None)
+    monkeypatch.setattr(rg, "sample", lambda *_, **__: types.SimpleNamespace(seconds=0.0))
+    jobs = rg.todo(["07_one_step"], again=True, seed=0, model="drift 2")
     assert len(jobs) > 1
-    want = sum(ex._iterations(ex.MODELS[m]) for m in ("drift 2", "distilled 2 accurate", "flow"))
-    assert ex.estimate(jobs) == ex.estimate(jobs[:1]) == want
-    assert ex.estimate(jobs, workers=2) == want / 2
+    want = sum(rg._iterations(ex.MODELS[m]) for m in ("drift 2", "distilled 2 accurate", "flow"))
+    assert rg.estimate(jobs) == rg.estimate(jobs[:1]) == want
+    assert rg.estimate(jobs, workers=2) == want / 2
 
 
 def test_a_choice_among_what_has_no_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no row of .'16_floor'. has .'seed': 0"):
-        ex.make_results(["16_floor"], again=True, folder=tmp_path, seed=0)
+        rg.make_results(["16_floor"], again=True, folder=tmp_path, seed=0)
 
 
 def test_the_screening_is_of_one_training_seed():
-    assert {s for _, _, s in ex.todo(["05_screening"], again=True)} == {0}
-    assert not ex.todo(["05_screening"], again=True, seed=1)
+    assert {s for _, _, s in rg.todo(["05_screening"], again=True)} == {0}
+    assert not rg.todo(["05_screening"], again=True, seed=1)
 
 
 def test_what_is_no_row_any_more_is_dropped(tmp_path):
     name, text = "04_flow", (ev.results_folder() / "04_flow.jsonl").read_text()
     old = json.loads(text.splitlines()[0]) | {"steps": 77}
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(old) + "\n" + text)
-    ex._arrange(ex.EXPERIMENTS, tmp_path)
+    rg._arrange(ex.EXPERIMENTS, tmp_path)
     assert (tmp_path / f"{name}.jsonl").read_text() == text
     assert len([*tmp_path.iterdir()]) == 1, "and nothing is made where nothing was"
 
@@ -206,14 +207,14 @@ def evaluations(row):
 def test_what_a_record_holds():
     every = "metric value floor n reference_hash feature_hash model device dtype versions command made date".split()
     sampled = "solver grid steps nfe seeds seconds train_seed kid kid_error memorisation".split()
-    for name in [*ex.UNTRAINED, *ex.EXPERIMENTS]:
+    for name in [*rg.UNTRAINED, *ex.EXPERIMENTS]:
         for r in rc.read_records(name):
             assert not set(every + (sampled if name in ex.EXPERIMENTS else [])) - set(r), name
             assert r["feature_hash"] == ev.classifier_hash() and r["reference_hash"] == ev.reference_hash()
 
 
 def test_the_floor_made_again():
-    (again,) = ex.run_floor()
+    (again,) = rg.run_floor()
     assert again["value"] == pytest.approx(ev.floor(), rel=1e-3)
 
 
@@ -257,10 +258,11 @@ def test_quality_of_few_steps():
 SMALL = """
 from pathlib import Path
 from diffcourse import experiments as ex
-ex.STEPS, ex.TRAIN_SEEDS = 2, (0, 1)
-ex.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3), seeds=[(1000, 1066)])}
+from diffcourse import recording as rg
+rg.STEPS, rg.TRAIN_SEEDS = 2, (0, 1)
+rg.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3), seeds=[(1000, 1066)])}
 if __name__ == "__main__":
-    ex.make_results(["04_flow"], workers=1, folder=Path("records"))
+    rg.make_results(["04_flow"], workers=1, folder=Path("records"))
 """
 
 
@@ -290,17 +292,17 @@ def test_an_interrupted_make_results_goes_on(tmp_path):
 
 
 def test_rows_are_chosen(tmp_path, capsys):
-    ex.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
+    rg.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("04_flow Row(model='flow', solver='Euler()', steps=5")
     rows = sum(len(r) * (1 if n in ex.SCREENED else len(ex.TRAIN_SEEDS)) for n, r in ex.EXPERIMENTS.items())
-    assert len(ex.todo(folder=tmp_path)) == rows
+    assert len(rg.todo(folder=tmp_path)) == rows
 
 
 @pytest.mark.parametrize("wrong, allowed", [("05_none", "04_flow"), ("--model none", "v cosine"), ("--grid none", "leading"), ("--seed 7", "2")])
 def test_what_does_not_exist_is_refused(wrong, allowed, capsys):
     with pytest.raises(SystemExit):
-        ex.main(wrong.split())
+        rg.main(wrong.split())
     assert allowed in capsys.readouterr().err
 
 
@@ -311,11 +313,11 @@ def test_another_version_is_to_do_again(tmp_path):
     for change, todo in (({}, 0), ({"made": r["made"] | {"Euler": 0}}, 1), ({"made": {}}, 1), ({"feature_hash": "0"}, 1),
                          ({"loss": "0"}, 1), ({"train_steps": 9}, 1)):
         rc.write_record("04_flow", r | change, tmp_path)
-        assert ex.todo(["04_flow"], **chosen) == [("04_flow", row, 0)] * todo, change
+        assert rg.todo(["04_flow"], **chosen) == [("04_flow", row, 0)] * todo, change
 
 
 def test_nothing_is_left_to_do(capsys):
-    ex.main(["--list"])
+    rg.main(["--list"])
     assert capsys.readouterr().out == ""
 
 

@@ -189,7 +189,7 @@ def test_a_function_that_moves_to_another_module_leaves_all_records_fresh(tmp_pa
         f.write(f"\n\n{lam}\n")
     (package / "distill.py").rename(package / "halving.py")
     (package / "distill.py").write_text("from .halving import *\n")
-    run = [sys.executable, "-c", "import sys; from diffcourse import experiments, distill; experiments.main(['--list'])\n"
+    run = [sys.executable, "-c", "import sys; from diffcourse import recording, distill; recording.main(['--list'])\n"
            "print(distill.Distillation.__module__, distill.__file__)"]
     done = subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.stdout.split() == ["diffcourse.halving", str(package / "distill.py")], done.stderr
