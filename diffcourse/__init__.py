@@ -42,8 +42,10 @@ _names |= {
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs trainable",
     "leaderboard": "",
-    "evaluation": "DigitClassifier score Score fd kid fid measure "
-    "read_records",
+    "evaluation": "DigitClassifier score Score fd kid",
+    "inception": "fid",
+    "timing": "measure",
+    "records": "read_records",
     "experiments": "",
     "speed": "",
     "plotting": "",

@@ -74,8 +74,10 @@ def follow(
 ) -> Tensor:  # (B, …) states at s
     """Where the teacher goes from x.
 
-    Raises: ValueError where the midpoint rule asks for a flow that has
-    no value."""
+    Raises: ValueError for a rule that does not exist, and where the
+    midpoint rule asks for a flow that has no value."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}: choose of {[*RULES]}")
     if rule == "midpoint":
         slope = den.path.dalpha(t) + den.path.dsigma(t)
         if not slope.isfinite().all():
@@ -135,9 +137,13 @@ def interval_weight(
 ) -> Tensor:  # (B,)
     """The factor of an interval in a loss on the prediction.
 
+    Raises: ValueError for a kind that does not exist.
     Source: Salimans and Ho (2022), section 4, equations 8 to 10."""
     if kind == "plain":
         return torch.ones_like(t)
+    if kind not in WEIGHTS:
+        known = ["plain", *WEIGHTS]
+        raise ValueError(f"kind={kind!r}: choose of {known}")
     own = WEIGHTS[kind](path.alpha(t), path.sigma(t))
     return own * _x0_per_out(path, predicts, t) ** 2
 
@@ -329,7 +335,7 @@ def distill(
     teacher_steps: int = 20,  # of the teacher
     target: str = "student",  # or "teacher": its accurate flow
     student: nn.Module | None = None,  # of the last stage; None: a copy
-    settings: dict = SETTINGS,  # for `fit`: lr, batch, seed, …
+    settings: dict | None = None,  # for `fit`, beside SETTINGS
     **options,  # loss, weight, anchor, features: see Distillation
 ) -> tuple[Denoiser, list[Fit]]:  # the student, all its trainings
     """Teach a student the teacher's flow in few steps.
@@ -337,7 +343,7 @@ def distill(
     Raises: ValueError for steps, students, options that do not fit.
     Source: Salimans and Ho (2022), algorithm 2."""
     den, made = teacher, []
-    for many, few in _plan(steps, teacher_steps, target):
+    for many, few in _plan(steps, teacher_steps, target, options):
         last = few == steps
         rule = {"ratio": many // few}
         if target == "teacher":
@@ -345,22 +351,29 @@ def distill(
         loss = Distillation(den, few, **rule, **options)
         net = _start(student if last else None, den.net, data)
         name = run if last else f"{run}-{many}-{few}"
-        own = dict(run=name, steps=iterations) | settings
-        made.append(fit(loss, net, data, **own))
+        own = dict(SETTINGS, run=name, steps=iterations)
+        made.append(fit(loss, net, data, **own | (settings or {})))
         den = Denoiser(made[-1].net, den.path, den.predicts)
     return den, made
 
 # %% ../nbs/06_distill.ipynb #a25a6416
-def _plan(steps, teacher_steps, target):
+def _plan(steps, teacher_steps, target, options):
     if target not in ("student", "teacher"):
         raise ValueError(
             f"target={target!r}: 'student' (the one before) or "
             "'teacher' (the accurate flow)"
         )
+    fixed = ("ratio",) if target == "student" else ("ratio", "rule")
+    if both := [k for k in fixed if k in options]:
+        raise ValueError(
+            f"{' and '.join(both)}: set by the steps and by "
+            f"target={target!r}; leave it out, or make the loss "
+            "Distillation(…) yourself and `fit` it"
+        )
     plan = stages(steps, teacher_steps)
     return plan if target == "student" else [(teacher_steps, steps)]
 
-
+# %% ../nbs/06_distill.ipynb #2c7e5947
 def _start(student, teacher, data):  # the network that will learn
     if student is None:
         student = copy.deepcopy(teacher).requires_grad_(True)

@@ -17,19 +17,19 @@ import torch
 
 from . import _shipped, load
 from .data import digits
-from .evaluation import Pairs, Records, Table, pairs
-from .evaluation import _by_seed, _cell, _newest
-from .evaluation import read_records, results_folder
+from .evaluation import results_folder
 from .experiments import Recipe
 from .flow_matching import FlowMatching
 from .paths import patch_to
+from .records import Pairs, Records, Table, _by_seed, _cell
+from .records import _newest, pairs, read_records
 from .sampling import sample, uniform
 from .unet import UNet, count_parameters
 
 # %% ../nbs/08_leaderboard.ipynb #656bc47a
-from .evaluation import KEY
 from .experiments import EXPERIMENTS, MODELS, NOISES
 from .experiments import SCREENED, SOLVERS
+from .records import KEY
 
 NFES = (1, 2, 4, 5, 8, 10, 20, 40)
 LEAST = 3  # training seeds behind a row

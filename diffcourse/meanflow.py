@@ -354,7 +354,7 @@ class JVPCheck(NamedTuple):
     exact: float  # root mean square by torch.func.jvp
     difference: float  # and by the difference
 
-
+# %% ../nbs/07_meanflow.ipynb #b726b4fd
 def check_jvp(
     net,  # net(x, t, r)
     x: Tensor,  # (B, …) states at t
@@ -363,10 +363,16 @@ def check_jvp(
     v: Tensor,  # (B, …) velocity at which the states move
     h: float = 0.04,  # half width of the difference
 ) -> JVPCheck:
-    "Is the derivative at a point that of the neighbourhood?"
+    """Is the derivative at a point that of the neighbourhood?
+
+    Raises: ValueError for times that are no interval."""
     t, r = (x.new_zeros(len(x)) + u for u in (t, r))
-    if (r > t).any():
-        raise ValueError("r > t: an interval runs from t down to r")
+    if len(late := (r > t).nonzero().flatten()):
+        a, b = float(r[late[0]]), float(t[late[0]])
+        raise ValueError(
+            f"r = {a:g} lies after t = {b:g} for {len(late)} of "
+            f"{len(t)} states: an interval runs from t down to r <= t"
+        )
     with torch.no_grad():
         exact = total_derivative(net, x, t, r, v)[1]
     near = difference(net, x, t, r, v, h)
@@ -400,9 +406,10 @@ def make_pairs(
     """Noises, as sample(seeds=…) draws them, and where they lead.
 
     Raises: ValueError for seeds that belong to the evaluation, for a
-    solver that draws noise or a grid that does not start at t = 1."""
+    solver that draws noise, a grid that does not start at t = 1, or a
+    precision that does not exist."""
     grid = grid if isinstance(grid, Grid) else explicit(grid)
-    _check_pairs(seed, solver, grid)
+    _check_pairs(seed, solver, grid, precision)
     shape = shape or _shape(den.net)
     seeds, kind = range(seed, seed + n), den.device.type
     half = precision == "bf16"
@@ -425,7 +432,11 @@ def _shape(net):  # of one image, from what the network says of itself
     return c["channels"], c["size"], c["size"]
 
 
-def _check_pairs(seed, solver, grid):
+def _check_pairs(seed, solver, grid, precision):
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(
+            f"precision={precision!r}: 'auto', 'fp32' or 'bf16'"
+        )
     if seed < 4000:
         raise ValueError(
             f"seed = {seed}: the noises of the seeds 0 to 3999 judge, "
@@ -622,6 +633,7 @@ class Drift:
 
     The data are real images; one is generated for every `per` of them.
 
+    Raises: ValueError for settings out of range.
     Source: Deng et al. (2026), with pixels as features."""
 
     taus: tuple = (0.5, 1.0, 2.0)  # reaches of the kernel
@@ -631,15 +643,30 @@ class Drift:
 
     path, predicts = Linear(), "flow"
 
-    def __call__(self, net, x0: Tensor, draw) -> Tensor:  # (B,)
-        noise = draw.noise()[: -(-len(x0) // self.per)]
-        if len(noise) < 2:
-            raise ValueError(
-                f"a batch of {len(x0)} makes {len(noise)} image(s): "
-                "two or more are needed, to push each other apart"
-            )
-        image = _last_step(net, noise, self.steps)
-        goal = image.detach()
-        goal = goal + self.step * drift(goal, x0, self.taus)
-        moved = (image - goal).square().flatten(1).mean(1)
-        return moved.repeat(self.per)[: len(x0)]
+    def __post_init__(self):
+        _check_drift(self)
+
+# %% ../nbs/07_meanflow.ipynb #a4c07a55
+def _check_drift(own):
+    for name in ("per", "steps"):
+        if type(value := getattr(own, name)) is not int or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+    if not own.step > 0:
+        raise ValueError(f"step={own.step}: above 0 is needed")
+    if not own.taus or not all(tau > 0 for tau in own.taus):
+        raise ValueError(f"taus={own.taus}: numbers above 0 are needed")
+
+# %% ../nbs/07_meanflow.ipynb #34a8a208
+@patch_to(Drift)
+def __call__(self, net, x0: Tensor, draw) -> Tensor:  # (B,)
+    noise = draw.noise()[: -(-len(x0) // self.per)]
+    if len(noise) < 2:
+        raise ValueError(
+            f"a batch of {len(x0)} makes {len(noise)} image(s): "
+            "two or more are needed, to push each other apart"
+        )
+    image = _last_step(net, noise, self.steps)
+    goal = image.detach()
+    goal = goal + self.step * drift(goal, x0, self.taus)
+    moved = (image - goal).square().flatten(1).mean(1)
+    return moved.repeat(self.per)[: len(x0)]

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from . import runs
-from .evaluation import Table, environment
 from .flow_matching import FlowMatching
 from .paths import Linear, patch_to
+from .records import Table
 from .sampling import Denoiser, Euler, sample, uniform
+from .timing import environment
 from .training import fast_bf16
 
 # %% ../nbs/21_speed.ipynb #90a1c35a

@@ -1,6 +1,7 @@
 """Distillation: where a student must land, what it must reproduce, its losses, stages and trainings, and what is refused."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -546,7 +547,9 @@ def test_a_student_has_no_dropout(home):
 
 
 def test_options_are_refused_before_any_training(home):
-    for more, says in ((dict(loss="l1"), "'l1'"), (dict(anchor=-1.0), "-1.0")):
+    fixed = "ratio and rule: set by the steps and by target='teacher'"
+    for more, says in ((dict(loss="l1"), "'l1'"), (dict(anchor=-1.0), "-1.0"), (dict(ratio=3), "ratio: set by the steps"),
+                       (dict(target="teacher", rule="ddim", ratio=2), fixed)):
         with pytest.raises(ValueError, match=says):
             train(teacher(), **more)
     with pytest.raises(TypeError, match="los"):
@@ -554,6 +557,20 @@ def test_options_are_refused_before_any_training(home):
     with pytest.raises(ValueError, match="can be distilled to"):
         train(teacher(), steps=3)
     assert not list(home.rglob("*.safetensors"))
+
+
+def test_settings_are_merged_with_those_of_students(home):
+    _, made = distill(teacher(), images(), 10, "t/merged", 1, settings=dict(batch=8, lr=3e-3))
+    ran = json.loads((made[0].folder / "run.json").read_text())["settings"]
+    assert {k: ran[k] for k in SETTINGS} == SETTINGS | {"lr": 3e-3} and ran["batch"] == 8
+
+
+def test_what_does_not_exist_is_named_with_what_does():
+    x, t = torch.zeros(2, 1), torch.ones(2)
+    with pytest.raises(ValueError, match=r"rule='heun': choose of \['ddim', 'midpoint'\]"):
+        follow(teacher(), x, t, t / 2, rule="heun")
+    with pytest.raises(ValueError, match=r"kind='snr': choose of \['plain', 'x0', 'snr\+1', 'truncated'\]"):
+        interval_weight("snr", LINE, "flow", t)
 
 
 def save(path, net):

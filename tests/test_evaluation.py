@@ -1,8 +1,7 @@
-"""Distances against closed forms and torch-fidelity, the judge, copies, records, timing."""
+"""Distances against closed forms and torch-fidelity, the judge, copies, the floor."""
 
 import json
 import math
-import urllib.error
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ import torch
 import diffcourse
 from diffcourse import evaluation as ev
 from diffcourse.data import digits
-from diffcourse.paths import Linear
-from diffcourse.sampling import Denoiser, Euler, sample, uniform
-from diffcourse.unet import UNet
+from diffcourse.records import read_records
 
 
 def cloud(n, d, seed, mean=0.0, std=1.0):
@@ -190,134 +187,11 @@ def test_sorted_digits():
     assert (few[20:] == 1).all() and not (few[15:19] == 1).all()  # white where there is none
 
 
-# -- Inception ----------------------------------------------------------------
-
-@pytest.fixture
-def no_internet(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-
-
-def test_inception_without_internet(no_internet):
-    with pytest.raises(ConnectionError, match="weights=…"):
-        ev.inception_weights()
-
-
-def test_inception_with_other_weights(no_internet, tmp_path):
-    file = tmp_path / "w.pth"
-    with pytest.raises(FileNotFoundError, match="no weights"):
-        ev.inception_weights(file)
-    file.write_bytes(b"something")
-    with pytest.raises(ValueError, match="6726825d"):
-        ev.inception_weights(file)
-
-
-def test_inception_from_a_file(monkeypatch, tmp_path):
-    "The whole way with random weights: what stands in the file is what computes."
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    kind, seed = theirs.FeatureExtractorInceptionV3, torch.manual_seed(0)
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: {})
-    with monkeypatch.context() as m:
-        m.setattr(kind, "load_state_dict", lambda *a, **k: None)
-        net = kind("x", ["2048"])
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    monkeypatch.setattr(ev, "INCEPTION", ev._sha256(tmp_path / "w.pth")[:8])
-    x = torch.rand(3, 3, 32, 32) * 2 - 1
-    photos = ev.to_bytes(x)
-    (found,) = ev._inception(ev.inception_weights(tmp_path / "w.pth"), [photos], 2)
-    assert found.shape == (3, 2048)
-    assert torch.allclose(found, net(photos)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2048, 3, 2, 2), (3000, 1, 2, 2)])
-def test_photographs_that_cannot_be_scored(shape):
-    with pytest.raises(ValueError, match="2,048"):
-        ev.fid(torch.zeros(shape), torch.zeros(shape))
-
-
-# -- records ------------------------------------------------------------------
-
-def record(seed=0, value=1.0, **more):
-    modules = ["paths"]
-    return {"model": "m", "solver": "s", "grid": "uniform", "steps": 10, "nfe": 10, "train_seed": seed, "seeds": "0-9",
-            "value": value, "floor": 0.5, "n": 10, "device": "D", "date": "2026-01-02",
-            "modules": modules, "source": ev.source_hash(tuple(modules)), **more}
-
-
-def test_records_come_back(tmp_path):
-    for seed in range(3):
-        ev.write_record("x", record(seed, 1.0 + seed), tmp_path)
-    ev.write_record("x", record(1, 9.0), tmp_path)  # the same key: in its place
-    found = ev.read_records("x", tmp_path)
-    assert sorted(r["value"] for r in found) == [1.0, 3.0, 9.0]
-    assert len(found.where(train_seed=[0, 2])) == 2 and not found.where(model="other")
-    assert found.curves("nfe") == {"s": ([10], [pytest.approx(26 / 3)], [2.0], [18.0])}
-    assert "8.67 ± 8.33" in repr(found.table("steps", "solver"))
-    assert "recorded on D, 2026-01-02" in found.table("steps", "solver")._repr_html_()
-
-
-def test_records_of_another_version_are_marked_and_not_mixed(tmp_path):
-    ev.write_record("x", record(0, 1.0), tmp_path)
-    ev.write_record("x", record(1, 100.0, source="older"), tmp_path)
-    found = ev.read_records("x", tmp_path)
-    assert [r["train_seed"] for r in found.old()] == [1]
-    text = repr(found.table("steps", "solver"))
-    assert "2.00" in text and "100" not in text.splitlines()[1] and "another version" in text
-    only_old = found.where(train_seed=1)
-    assert "200.00 †" in repr(only_old.table("steps", "solver"))
-    assert list(only_old.curves("nfe")) == ["s †"]
-    assert found.curves("nfe")["s"] == ([10], [2.0], [2.0], [2.0])
-    with pytest.raises(ValueError, match="another version"):
-        ev.pairs(only_old, found.where(train_seed=0))
-
-
-def test_records_of_a_version_that_had_other_modules():
-    gone, unknown = record(modules=["gone"]), record()
-    del unknown["modules"]
-    assert len(ev.Records([gone, unknown, record()]).old()) == 2
-
-
-def test_pairs(tmp_path):
-    a = ev.Records(record(s, v) for s, v in enumerate((1.0, 2.0, 3.0)))
-    b = ev.Records(record(s, v) for s, v in enumerate((2.0, 2.5, 3.5)))
-    (p,) = ev.pairs(a, b)
-    assert p.at == 10 and p.differences == [-2.0, -1.0, -1.0] and p.verdict == "better"
-    assert ev.pairs(b, a)[0].verdict == "worse"
-    mixed = ev.Records([*a[:2], record(2, 4.0)])
-    assert ev.pairs(mixed, b)[0].verdict == "undecided"
-    assert ev.pairs(a, ev.Records([record(0, nfe=7)])) == []
-
-
-def test_the_mean_over_sets_of_noise():
-    made = [record(s, v) | {"seeds": e} for s in (0, 1) for e, v in (("1000-1999", 1.0 + s), ("2000-2999", 4.0))]
-    other = record(0, 9.0) | {"source": "of other code", "seeds": "3000-3999"}
-    means = ev.Records([*made, other]).averaged()
-    assert [r["value"] for r in means] == [2.5, 3.0, 9.0]  # of other code: never in the same mean
-    assert [r["noises"] for r in means] == [2, 2, 1] and means[0]["seeds"] == "1000-1999, 2000-2999"
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"value": 1}', "null"])
-def test_a_damaged_record(tmp_path, line):
-    ev.write_record("x", record(), tmp_path)
-    with open(tmp_path / "x.jsonl", "a") as f:
-        f.write(line + "\n")
-    with pytest.raises(ValueError, match="line 2 is no record"):
-        ev.read_records("x", tmp_path)
-
-
-def test_no_records(tmp_path):
-    with pytest.raises(FileNotFoundError, match="make results"):
-        ev.read_records("x", tmp_path)
-
+# -- the floor ---------------------------------------------------------------
 
 @pytest.mark.parametrize("changed", ["feature_hash", "reference_hash"])
 def test_a_floor_of_another_judge_or_data_set(tmp_path, monkeypatch, changed):
-    line = ev.read_records("16_floor")[0] | {changed: "f" * 64}
+    line = read_records("16_floor")[0] | {changed: "f" * 64}
     (tmp_path / "16_floor.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(ev, "results_folder", lambda: tmp_path)
     ev.floor.cache_clear()
@@ -328,31 +202,11 @@ def test_a_floor_of_another_judge_or_data_set(tmp_path, monkeypatch, changed):
         ev.floor.cache_clear()
 
 
-def test_the_source_of_a_record():
-    assert ev.source_hash(("paths",)) != ev.source_hash(("unet",))
-
-
-# -- time ---------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def den():
-    torch.manual_seed(0)
-    return Denoiser(UNet(base=8).eval(), Linear(), "flow")
-
-
-def test_join_keeps_nfe(den):
-    parts = [sample(den, (1, 8, 8), Euler(), uniform(3), seeds=range(k, k + 2)) for k in (0, 2)]
-    whole = ev.join(parts)
-    assert whole.nfe == 3 and whole.x.shape == (4, 1, 8, 8)
-    assert whole.seconds == pytest.approx(sum(p.seconds for p in parts))
-    other = sample(den, (1, 8, 8), Euler(), uniform(4), n=2)
-    with pytest.raises(ValueError, match=r"NFE \[3, 4\]"):
-        ev.join([*parts, other])
-
-
-def test_measure(den):
-    t = ev.measure(den, (1, 8, 8), grid=uniform(4), batch=3, repeats=2)
-    assert (t.nfe, t.batch, t.dtype) == (4, 3, "float32")
-    assert t.parameters == sum(p.numel() for p in den.net.parameters())
-    assert t.ms_per_image > 0 and t.peak_mb > 50 and t.macs > 1e5
-    assert "NFE 4, batch 3" in str(t) and t.device in str(t)
+def test_without_a_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "results_folder", lambda: tmp_path)
+    ev.floor.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError, match="16_floor.jsonl: run make results"):
+            ev.floor()
+    finally:
+        ev.floor.cache_clear()

@@ -14,6 +14,8 @@ import pytest
 from diffcourse import evaluation as ev
 from diffcourse import experiments as ex
 from diffcourse import leaderboard as lb
+from diffcourse import recording as rg
+from diffcourse import records as rc
 from test_front_matter import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,7 @@ def test_experiments_are_what_the_book_says():
             assert row.seeds[1] <= 1000 if chosen else row.seeds in ex.NOISES  # chosen on other noise than reported
     assert len(ex.TRAIN_SEEDS) >= 3 and ex.SEEDS == ex.NOISES[0] == (1000, 2000)
     with pytest.raises(ValueError, match="must not teach"):  # no noise of the report makes pairs
-        ex.make_pairs(ex.Denoiser(ex.UNet(), ex.MODELS["flow"].path, "flow"), 2, max(ex.NOISES)[1] - 1)
+        rg.make_pairs(rg.Denoiser(ex.UNet(), ex.MODELS["flow"].path, "flow"), 2, max(ex.NOISES)[1] - 1)
 
 
 def test_recipes_name_models_that_exist_and_differ():
@@ -49,29 +51,62 @@ def test_other_pairs_are_another_training(monkeypatch):
 
 
 def test_students_come_after_their_teachers():
-    order = [row.model for _, row, seed in ex.todo(again=True) if seed == 0]
+    order = [row.model for _, row, seed in rg.todo(again=True) if seed == 0]
     for name, recipe in ex.MODELS.items():
         if isinstance(recipe, ex.Recipe) and recipe.parent in order and name in order:
             assert order.index(recipe.parent) < order.index(name)
 
 
-def test_the_modules_behind_a_row():
-    assert ex.made_by(ex.Row("flow", "Euler()", 5)) == ex.MADE_BY
-    assert ex.made_by(ex.Row("flow", "DPMSolver(3)", 4)) == (*ex.MADE_BY, "solvers")
-    assert ex.made_by(ex.Row("distilled 5", "Euler()", 5)) == (*ex.MADE_BY, "distill")
-    assert ex.made_by(ex.Row("drift", "Euler()", 1)) == (*ex.MADE_BY, "meanflow")
+def behind(model, solver="Euler()", steps=5, grid="uniform", experiment="04_flow"):
+    return ex.made_by(experiment, ex.Row(model, solver, steps, grid)).keys() - set(ex.COMMON)
+
+
+def test_the_families_behind_a_row():
+    assert set(ex.COMMON) <= ex.made_by("04_flow", ex.Row("flow", "Euler()", 5)).keys()
+    assert behind("flow") == {"FlowMatching", "Euler", "grid uniform"}
+    assert behind("v cosine", "DPMSolver(3)", 4, "clipped") == {"DenoisingLoss", "DPMSolver", "grid clipped"}
+    assert behind("distilled 5", experiment="06_distill") == {"FlowMatching", "Distillation", "Euler", "grid uniform", "ClassifierLoss"}
+    crowd = {"FlowMatching", "PairRegression", "Drift", "pairs", "AB2"}  # the solver that makes the pairs
+    assert behind("drift", steps=1) == crowd | {"Euler", "grid uniform"}
+
+
+def test_raising_a_version_makes_the_records_behind_it_out_of_date(monkeypatch):
+    every = [(n, row) for n, rows in ex.EXPERIMENTS.items() for row in rows]
+    for family, wanted in (("Drift", lambda r: r.model.startswith("drift")), ("grid late", lambda r: r.grid == "late"),
+                           ("MeanFlow", lambda r: r.solver == "MeanFlow()")):
+        with monkeypatch.context() as m:
+            m.setitem(rc.VERSIONS, family, 99)
+            assert {(n, r) for n, r, _ in rg.todo()} == {(n, r) for n, r in every if wanted(r)} != set()
+
+
+def test_where_a_class_is_defined_does_not_count(monkeypatch):
+    before = {m: ex.identity(m) for m in ex.MODELS}
+    for kind in (ex.Distillation, ex.FlowMatching, ex.Intervals, ex.Recipe):
+        monkeypatch.setattr(kind, "__module__", "diffcourse.elsewhere")
+    assert {m: ex.identity(m) for m in ex.MODELS} == before
+
+
+def test_a_new_option_with_its_default_is_no_new_recipe(monkeypatch):
+    from dataclasses import make_dataclass
+
+    wider = make_dataclass("LogitNormal", [("low", float, 0.0)], bases=(ex.LogitNormal,), frozen=True)
+    before = ex.identity("flow logit-normal")
+    monkeypatch.setattr(ex.MODELS["flow logit-normal"], "times", wider())
+    assert ex.identity("flow logit-normal") == before
+    monkeypatch.setattr(ex.MODELS["flow logit-normal"], "times", wider(low=0.1))
+    assert ex.identity("flow logit-normal") != before
 
 
 def test_a_student_of_a_student_in_a_few_iterations(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path))
     monkeypatch.setitem(ex.PAIRS, "grid", ex.uniform(2))
     row = ex.Row("drift", "Euler()", 1, seeds=(2000, 2066))
-    made = ex.run_row("04_flow", row, 0, 2)
+    made = rg.run_row("04_flow", row, 0, 2)
     assert made["nfe"] == 1 and made["seeds"] == "2000-2065" and made["train_steps"] == 2
-    assert made["modules"][-1] == "meanflow" and "--seeds 2000-2065" in made["command"]
+    assert made["made"]["Drift"] == rc.VERSIONS["Drift"] and "--seeds 2000-2065" in made["command"]
     assert sorted(p.name for p in tmp_path.glob("runs/results/*-0")) == ["drift-0", "flow-0", "regression-0"]
-    ex._trained.cache_clear()  # fetched from the disk
-    assert ex.run_row("04_flow", row, 0, 2)["value"] == made["value"]
+    rg._trained.cache_clear()  # fetched from the disk
+    assert rg.run_row("04_flow", row, 0, 2)["value"] == made["value"]
 
 
 def test_a_single_step_solver_that_no_budget_has():
@@ -81,7 +116,7 @@ def test_a_single_step_solver_that_no_budget_has():
 
 def test_every_record_is_committed():
     for name, rows in ex.EXPERIMENTS.items():
-        found, seen = ev.read_records(name), 0
+        found, seen = rc.read_records(name), 0
         for row in rows:
             for seed in ex.TRAIN_SEEDS[:1] if name in ex.SCREENED else ex.TRAIN_SEEDS:
                 one = found.where(**ex.key(row), train_seed=seed)
@@ -94,70 +129,70 @@ def test_every_record_is_committed():
 
 
 def test_one_second_judge():
-    judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in ev.read_records(name)}
+    judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in rc.read_records(name)}
     assert len(judges) == 1 and None not in judges
 
 
 def test_a_choice_that_no_row_has(tmp_path, capsys):
     for slip in (dict(steps=7), dict(seeds="1000-2000"), dict(modle="flow")):
         with pytest.raises(ValueError, match="no row of .*--list"):
-            ex.make_results(["04_flow"], folder=tmp_path, **slip)
+            rg.make_results(["04_flow"], folder=tmp_path, **slip)
     with pytest.raises(SystemExit):
-        ex.main(["04_flow", "--steps", "7"])
+        rg.main(["04_flow", "--steps", "7"])
     assert "no row of ['04_flow'] has {'steps': 7}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_choice_of_rows_leaves_the_floor_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(ex, "_work", lambda jobs, workers: iter(()))
-    monkeypatch.setattr(ex, "estimate", lambda *_: 0.0)
-    names = [*ex.UNTRAINED, *ex.EXPERIMENTS]
-    ex.make_results(names, again=True, folder=tmp_path, model="drift", seed=0)
+    monkeypatch.setattr(rg, "_work", lambda jobs, workers: iter(()))
+    monkeypatch.setattr(rg, "estimate", lambda *_: 0.0)
+    names = [*rg.UNTRAINED, *ex.EXPERIMENTS]
+    rg.make_results(names, again=True, folder=tmp_path, model="drift", seed=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_make_results_without_a_floor_says_so_before_it_trains(monkeypatch):
     def none():
         raise FileNotFoundError("no records '16_floor'")
-    monkeypatch.setattr(ex, "floor", none)
-    monkeypatch.setattr(ex, "_work", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(rg, "floor", none)
+    monkeypatch.setattr(rg, "_work", lambda *_: pytest.fail("it trained"))
     with pytest.raises(FileNotFoundError, match="16_floor"):
-        ex.make_results(["04_flow"], again=True, seed=0)
+        rg.make_results(["04_flow"], again=True, seed=0)
 
 
 def test_the_estimate_counts_ancestors_and_batches():
-    assert ex._lineage("drift 2") == {"drift 2", "distilled 2 accurate", "flow"}
-    assert ex._lineage("distribution matching") == {"distribution matching", "regression", "flow"}
-    long, large = (ex._iterations(ex.MODELS[m]) for m in ("control", "control 512"))
+    assert ex.lineage("drift 2") == {"drift 2", "distilled 2 accurate", "flow"}
+    assert ex.lineage("distribution matching") == {"distribution matching", "regression", "flow"}
+    long, large = (rg._iterations(ex.MODELS[m]) for m in ("control", "control 512"))
     assert large == 2 * long  # half as many iterations, of eight times the images
 
 
 def test_the_estimate_counts_each_training_once(monkeypatch):
-    monkeypatch.setattr(ex, "fit", lambda *_, steps, **__: types.SimpleNamespace(net=None, seconds=float(steps)))
-    monkeypatch.setattr(ex, "Denoiser", lambda *_: None)
-    monkeypatch.setattr(ex, "sample", lambda *_, **__: types.SimpleNamespace(seconds=0.0))
-    jobs = ex.todo(["07_one_step"], again=True, seed=0, model="drift 2")
+    monkeypatch.setattr(rg, "fit", lambda *_, steps, **__: types.SimpleNamespace(net=None, seconds=float(steps)))
+    monkeypatch.setattr(rg, "Denoiser", lambda *_: None)
+    monkeypatch.setattr(rg, "sample", lambda *_, **__: types.SimpleNamespace(seconds=0.0))
+    jobs = rg.todo(["07_one_step"], again=True, seed=0, model="drift 2")
     assert len(jobs) > 1
-    want = sum(ex._iterations(ex.MODELS[m]) for m in ("drift 2", "distilled 2 accurate", "flow"))
-    assert ex.estimate(jobs) == ex.estimate(jobs[:1]) == want
-    assert ex.estimate(jobs, workers=2) == want / 2
+    want = sum(rg._iterations(ex.MODELS[m]) for m in ("drift 2", "distilled 2 accurate", "flow"))
+    assert rg.estimate(jobs) == rg.estimate(jobs[:1]) == want
+    assert rg.estimate(jobs, workers=2) == want / 2
 
 
 def test_a_choice_among_what_has_no_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no row of .'16_floor'. has .'seed': 0"):
-        ex.make_results(["16_floor"], again=True, folder=tmp_path, seed=0)
+        rg.make_results(["16_floor"], again=True, folder=tmp_path, seed=0)
 
 
 def test_the_screening_is_of_one_training_seed():
-    assert {s for _, _, s in ex.todo(["05_screening"], again=True)} == {0}
-    assert not ex.todo(["05_screening"], again=True, seed=1)
+    assert {s for _, _, s in rg.todo(["05_screening"], again=True)} == {0}
+    assert not rg.todo(["05_screening"], again=True, seed=1)
 
 
 def test_what_is_no_row_any_more_is_dropped(tmp_path):
     name, text = "04_flow", (ev.results_folder() / "04_flow.jsonl").read_text()
     old = json.loads(text.splitlines()[0]) | {"steps": 77}
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(old) + "\n" + text)
-    ex._arrange(ex.EXPERIMENTS, tmp_path)
+    rg._arrange(ex.EXPERIMENTS, tmp_path)
     assert (tmp_path / f"{name}.jsonl").read_text() == text
     assert len([*tmp_path.iterdir()]) == 1, "and nothing is made where nothing was"
 
@@ -170,16 +205,16 @@ def evaluations(row):
 
 
 def test_what_a_record_holds():
-    every = "metric value floor n reference_hash feature_hash model device dtype versions command source date".split()
+    every = "metric value floor n reference_hash feature_hash model device dtype versions command made date".split()
     sampled = "solver grid steps nfe seeds seconds train_seed kid kid_error memorisation".split()
-    for name in [*ex.UNTRAINED, *ex.EXPERIMENTS]:
-        for r in ev.read_records(name):
+    for name in [*rg.UNTRAINED, *ex.EXPERIMENTS]:
+        for r in rc.read_records(name):
             assert not set(every + (sampled if name in ex.EXPERIMENTS else [])) - set(r), name
             assert r["feature_hash"] == ev.classifier_hash() and r["reference_hash"] == ev.reference_hash()
 
 
 def test_the_floor_made_again():
-    (again,) = ex.run_floor()
+    (again,) = rg.run_floor()
     assert again["value"] == pytest.approx(ev.floor(), rel=1e-3)
 
 
@@ -188,14 +223,14 @@ def test_a_record_made_again_from_the_shipped_weights():
 
     den = dc.load("digits/flow", source="shipped")
     out = dc.sample(den, (1, 8, 8), grid=dc.uniform(5), seeds=range(1000, 2000))
-    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
+    (r,) = rc.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
     assert ev.score(out.x).fd == pytest.approx(r["value"], rel=0.02) and out.nfe == r["nfe"]
 
 
 def test_quality_that_the_book_promises():
     "Digits, mean of three training seeds, in multiples of the floor."
     def mean(name, **where):
-        found = ev.read_records(name).where(**where)
+        found = rc.read_records(name).where(**where)
         assert len(found) == 3
         assert min(r["memorisation"] for r in found) >= 0.9
         return sum(r["value"] / r["floor"] for r in found) / 3
@@ -206,7 +241,7 @@ def test_quality_that_the_book_promises():
 
 def test_quality_of_few_steps():
     "Means of three training seeds and three sets of noise, in multiples of the floor."
-    flow = [r["value"] / r["floor"] for r in ev.read_records("05_solvers").where(model="flow", solver="DPMpp(2)", grid="uniform", nfe=10)]
+    flow = [r["value"] / r["floor"] for r in rc.read_records("05_solvers").where(model="flow", solver="DPMpp(2)", grid="uniform", nfe=10)]
     assert len(flow) == 3 and sum(flow) / 3 <= 2
     for nfe, most in ((2, 3.0), (1, 3.6)):
         assert lb.best(nfe)[1][0].fd <= most
@@ -214,7 +249,7 @@ def test_quality_of_few_steps():
     of = {(m.model, m.nfe): m.fd for m in lb.board()}
     assert lb.best(1)[1][0].fd <= 1.8 * of["flow", 24]
     assert of["distilled 5 compact", 5] <= 1.3 * of["distilled 5 accurate", 5]
-    for r in ev.read_records("07_one_step"):
+    for r in rc.read_records("07_one_step"):
         assert r["memorisation"] >= 0.9, (r["model"], r["nfe"])
 
 
@@ -223,10 +258,11 @@ def test_quality_of_few_steps():
 SMALL = """
 from pathlib import Path
 from diffcourse import experiments as ex
-ex.STEPS, ex.TRAIN_SEEDS = 2, (0, 1)
-ex.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3), seeds=[(1000, 1066)])}
+from diffcourse import recording as rg
+rg.STEPS, rg.TRAIN_SEEDS = 2, (0, 1)
+rg.EXPERIMENTS = {"04_flow": ex._rows(["flow"], ["Euler()"], (1, 2, 3), seeds=[(1000, 1066)])}
 if __name__ == "__main__":
-    ex.make_results(["04_flow"], workers=1, folder=Path("records"))
+    rg.make_results(["04_flow"], workers=1, folder=Path("records"))
 """
 
 
@@ -256,29 +292,33 @@ def test_an_interrupted_make_results_goes_on(tmp_path):
 
 
 def test_rows_are_chosen(tmp_path, capsys):
-    ex.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
+    rg.main(["--list", "--again", "04_flow", "--model", "flow", "--steps", "5", "--seed", "1"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("04_flow Row(model='flow', solver='Euler()', steps=5")
     rows = sum(len(r) * (1 if n in ex.SCREENED else len(ex.TRAIN_SEEDS)) for n, r in ex.EXPERIMENTS.items())
-    assert len(ex.todo(folder=tmp_path)) == rows
+    assert len(rg.todo(folder=tmp_path)) == rows
 
 
 @pytest.mark.parametrize("wrong, allowed", [("05_none", "04_flow"), ("--model none", "v cosine"), ("--grid none", "leading"), ("--seed 7", "2")])
 def test_what_does_not_exist_is_refused(wrong, allowed, capsys):
     with pytest.raises(SystemExit):
-        ex.main(wrong.split())
+        rg.main(wrong.split())
     assert allowed in capsys.readouterr().err
 
 
 def test_another_version_is_to_do_again(tmp_path):
     (row,) = {r for r in ex.EXPERIMENTS["04_flow"] if r.model == "flow" and r.steps == 5}
-    (r,) = ev.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
-    r["source"] = ev.source_hash(ex.MADE_BY)
-    ev.write_record("04_flow", r, tmp_path)
+    (r,) = rc.read_records("04_flow").where(model="flow", steps=5, train_seed=0)
     chosen = dict(folder=tmp_path, seed=0, model="flow", steps=5)
-    assert ex.todo(["04_flow"], **chosen) == []
-    ev.write_record("04_flow", r | {"source": "older"}, tmp_path)
-    assert ex.todo(["04_flow"], **chosen) == [("04_flow", row, 0)]
+    for change, todo in (({}, 0), ({"made": r["made"] | {"Euler": 0}}, 1), ({"made": {}}, 1), ({"feature_hash": "0"}, 1),
+                         ({"loss": "0"}, 1), ({"train_steps": 9}, 1)):
+        rc.write_record("04_flow", r | change, tmp_path)
+        assert rg.todo(["04_flow"], **chosen) == [("04_flow", row, 0)] * todo, change
+
+
+def test_nothing_is_left_to_do(capsys):
+    rg.main(["--list"])
+    assert capsys.readouterr().out == ""
 
 
 # -- measured numbers in the text ---------------------------------------------

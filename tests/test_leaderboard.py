@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from diffcourse import evaluation as ev
 from diffcourse import leaderboard as lb
+from diffcourse import records as rc
 from diffcourse.experiments import TRAIN_SEEDS
 from test_experiments import measured
 
 ROOT = Path(__file__).resolve().parents[1]
-F, NOW = 0.5, {"modules": ["unet"]}
+F, NOW = 0.5, {"made": rc.versions(["unet"]), **rc._judged()}
 
 
 def record(model, solver, nfe, values, grid="uniform", seeds="1000-1999", seconds=None, **more):
     "One record a training seed; `values` in multiples of F."
     own = dict(model=model, solver=solver, grid=grid, steps=nfe, nfe=nfe, seeds=seeds, floor=F, n=500, kid=0.1, kid_error=0.01,
-               seconds=seconds or nfe / 10, device="a machine", date="2026-11-23", source=ev.source_hash(("unet",)), **NOW)
+               seconds=seconds or nfe / 10, device="a machine", date="2026-11-23", **NOW)
     return [own | {"train_seed": s, "value": v * F} | more for s, v in enumerate(values)]
 
 
@@ -80,9 +80,9 @@ def test_what_counts(small):
 
 def test_a_file_that_changed_is_read_again(small):
     before = len(lb.methods(small))
-    ev.write_record("04_flow", record("flow", "RK4()", 20, (1, 1, 1))[0], small)
+    rc.write_record("04_flow", record("flow", "RK4()", 20, (1, 1, 1))[0], small)
     for r in record("flow", "RK4()", 20, (1, 1, 1)):
-        ev.write_record("04_flow", r, small)
+        rc.write_record("04_flow", r, small)
     assert len(lb.methods(small)) == before + 1
 
 
@@ -120,13 +120,13 @@ def test_only_shared_noise_is_paired(small):
     assert found.pairs.differences == pytest.approx([3 - 90, 3 - 100, 3 - 110])
     more = [r | {"seeds": "3000-3999", "value": 1e-3} for r in record("drift", "Euler()", 1, (1, 1, 1))]
     for r in more:  # a noise that no rival has seen
-        ev.write_record("07_one_step", r, small)
+        rc.write_record("07_one_step", r, small)
     assert lb.versus(1, small).pairs.differences == pytest.approx([3 - 90, 3 - 100, 3 - 110])
 
 
 def test_a_student_that_loses_is_said_to_lose(small):
     for r in record("flow", "Midpoint()", 2, (1, 5, 9)):
-        ev.write_record("05_solvers", r, small)
+        rc.write_record("05_solvers", r, small)
     found = lb.versus(2, small)
     assert found.pairs.differences == pytest.approx([4, 4, 4]) and "loses to" in str(found)
     assert "worse at 2" in lb.answer((2, 1), small)
@@ -150,7 +150,7 @@ def test_without_a_rival(small, monkeypatch):
 
 
 def test_two_versions_are_not_mixed(tmp_path):
-    old = {k: [r | {"source": "older"} if r["model"] == "flow" else r for r in own] for k, own in SMALL.items()}
+    old = {k: [r | {"made": {"unet": 0}} if r["model"] == "flow" else r for r in own] for k, own in SMALL.items()}
     folder = written(tmp_path, old)
     with pytest.raises(ValueError, match="make results"):
         lb.versus(5, folder)
@@ -214,9 +214,9 @@ def test_poster(small, tmp_path, capsys):
     long = "meanflow logit-normal p1"  # the longest name
     for n, solver in ((5, "MeanFlow()"), (2, "MeanFlow()"), (1, "MeanFlow()")):
         for r in record(long, solver, n, (0.81234, 0.81234, 0.8)):
-            ev.write_record("07_one_step", r, small)
+            rc.write_record("07_one_step", r, small)
     for r in record("flow", "AB2()", 2, (111.1, 121.1, 131.1)):
-        ev.write_record("05_solvers", r, small)
+        rc.write_record("05_solvers", r, small)
     fig = lb.poster(tmp_path / "new" / "poster", 40, small)
     assert ET.parse(tmp_path / "new" / "poster.svg").getroot().tag.endswith("svg")
     assert (tmp_path / "new" / "poster.png").read_bytes()[:4] == b"\x89PNG"

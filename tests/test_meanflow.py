@@ -529,7 +529,7 @@ def test_nan_stops_the_training():
 @pytest.mark.parametrize("bad, says", [
     (lambda: average_velocity(MIX, torch.zeros(2), 0.2, 0.5, LINE), "r = 0.5 lies after t = 0.2"),
     (lambda: average_velocity(MIX, torch.zeros(2), 1.2, 0.5, LINE), "time t = 1.2"),
-    (lambda: check_jvp(IntervalMLP(), torch.zeros(2, 1), 0.2, 0.5, torch.zeros(2, 1)), "r > t"),
+    (lambda: check_jvp(IntervalMLP(), torch.zeros(2, 1), 0.2, 0.5, torch.zeros(2, 1)), "r = 0.5 lies after t = 0.2 for 2 of 2 states"),
     (lambda: IntervalMLP()(torch.zeros(2), torch.zeros(2), torch.zeros(2)), "(2,), (2,), (2,)"),
     (lambda: IntervalMLP()(torch.zeros(2, 1), torch.zeros(2), torch.zeros(3)), "(2, 1), (2,), (3,)"),
     (lambda: Intervals("normal"), "kind='normal'"),
@@ -543,6 +543,13 @@ def test_nan_stops_the_training():
     (lambda: make_pairs(teacher(), 2, 3999), "seed = 3999:"),  # the last seed that judges
     (lambda: make_pairs(teacher(), 2, 5000, grid=uniform(3, start=0.9)), "a grid from t = 1"),
     (lambda: make_pairs(Denoiser(lambda x, t: x, LINE, "flow"), 2, 5000), "pass shape="),
+    (lambda: make_pairs(teacher(), 2, 5000, precision="fp16"), "precision='fp16': 'auto', 'fp32' or 'bf16'"),
+    (lambda: Drift(steps=0), "steps=0: a whole number"),
+    (lambda: Drift(per=0), "per=0: a whole number"),
+    (lambda: Drift(steps=1.5), "steps=1.5"),
+    (lambda: Drift(step=0.0), "step=0.0"),
+    (lambda: Drift(()), "taus=()"),
+    (lambda: Drift((1.0, -1.0)), "taus=(1.0, -1.0)"),
     (lambda: Drift()(unet(), torch.zeros(2, 1, 4, 4), draws(torch.zeros(2, 1, 4, 4))), "two or more are needed"),
 ])
 def test_what_does_not_fit(bad, says):
