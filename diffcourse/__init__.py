@@ -33,6 +33,9 @@ _names = {
     "evaluation": "DigitClassifier score Score fd kid fid measure "
     "read_records",
     "experiments": "",
+    "faces": "FaceLaw draw_face",
+    "portraits": "",
+    "faces_judge": "FaceJudge FaceScore judge_faces",
     "speed": "",
     "plotting": "",
     "runs": "home",
