@@ -47,6 +47,9 @@ _names |= {
     "timing": "measure",
     "records": "read_records",
     "experiments": "",
+    "faces": "FaceLaw draw_face",
+    "portraits": "",
+    "faces_judge": "FaceJudge FaceScore judge_faces",
     "speed": "",
     "plotting": "",
     "runs": "home",
@@ -162,6 +165,7 @@ _NETWORKS = {  # what a file may ask for -> its module
     "IntervalMLP": "meanflow",
     "WithFake": "meanflow",
     "DigitClassifier": "evaluation",
+    "FaceJudge": "faces_judge",
 }
 
 # %% ../nbs/10_diffcourse.ipynb #c82e1290
