@@ -74,15 +74,23 @@ def strings(nb: str, loaded: bool = False) -> set[str]:
     calls = [n for n in nodes if isinstance(n, ast.Call) and any(k.arg == "source" and getattr(k.value, "value", "") == "shipped"
                                                                for k in n.keywords)]
     apart = {n for call in calls if loaded for n in ast.walk(call)}
-    return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in apart}
+    return run_names([n for n in nodes if n not in apart])
+
+
+def run_names(nodes) -> set[str]:
+    """The texts among these nodes; task.run("flow") counts as the name of the run on the digits, "digits/flow"."""
+    nodes = [*nodes]
+    pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
+    asked = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "task.run" and n.args]
+    ends = [n.args[0] for n in asked if isinstance(n.args[0], ast.Constant)]
+    names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces and n not in ends}
+    return names | {f"digits/{n.value}" for n in ends}
 
 
 def makes(nb: str) -> set[str]:
     """The runs that a notebook makes: the texts in what is given as `run=` in a call, pieces of f-strings left out."""
     given = [k.value for n in ast.walk(tree(nb) or ast.parse("")) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "run"]
-    nodes = [n for value in given for n in ast.walk(value)]
-    pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
-    return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces}
+    return run_names((n for value in given for n in ast.walk(value)))
 
 
 def makers(nb: str) -> list[str]:

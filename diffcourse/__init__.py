@@ -25,6 +25,7 @@ _names = {
     "settings": "Settings",
     "averages": "EMA posthoc",
     "draws": "Draws",
+    "tasks": "Task task",
     "checkpoints": "",
     "identity": "fingerprint",
     "progress": "",

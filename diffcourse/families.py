@@ -29,8 +29,10 @@ from .sampling import Denoiser, Euler, Solver, explicit
 from .sampling import sample, uniform
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint
-from .training import Draws, Settings, batch_indices, fit
-from .training import learning_rate
+from .draws import Draws, batch_indices
+from .settings import Settings
+from .training import fit
+from .settings import learning_rate
 from .unet import UNet, count_parameters
 
 # %% ../nbs/30_families.ipynb #74c7265e
