@@ -458,7 +458,7 @@ def command(experiment: str, row: Row, seed: int) -> str:
     )
 
 # %% ../nbs/20_experiments.ipynb #54cdabb4
-COMMON = ("data", "unet", "training", "sampling", "judge")
+COMMON = "data unet training sampling judge recording".split()
 
 
 def lineage(model):  # the models behind a model, and itself

@@ -9,14 +9,17 @@ __all__ = ['LOSSES', 'PROBES', 'sum_up', 'probe']
 import contextlib, io, os
 from functools import partial
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 
 from . import evaluation as judge
+from . import recording
 from .data import digits
 from .ddim import DDIM
 from .ddpm import DDPM, DenoisingLoss
 from .distill import Distillation, compact
+from .draws import Draws, batch_indices
 
 # %% ../nbs/30_families.ipynb #c7372443
 from .flow_matching import FlowMatching, LogitNormal
@@ -27,12 +30,10 @@ from .meanflow import with_interval
 from .paths import VP, Linear
 from .sampling import Denoiser, Euler, Solver, explicit
 from .sampling import sample, uniform
+from .settings import Settings, learning_rate
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint
-from .draws import Draws, batch_indices
-from .settings import Settings
 from .training import fit
-from .settings import learning_rate
 from .unet import UNet, count_parameters
 
 # %% ../nbs/30_families.ipynb #74c7265e
@@ -330,6 +331,23 @@ def _probe_judge():
     found["floor"] = judge.measure_floor(2)
     return found
 
+# %% ../nbs/30_families.ipynb #9332882e
+_CHAINS = "flow", "distilled 5 compact", "distribution matching"
+
+
+def _probe_recording():
+    def exact(*what, **settings):
+        return fit(*what, **settings | {"precision": "fp32"})
+
+    found, x, t = {}, _noise(8), torch.linspace(0.1, 1, 8)
+    with patch.object(recording, "fit", exact):
+        for model in (*_CHAINS, "meanflow v1 p1"):
+            net = recording.train(model, 1, 2)[0].net.cpu()
+            two = [t / 2] if net.config()["second_time"] else []
+            with torch.no_grad():
+                found[model] = sum_up(net(x, t, *two))
+    return found
+
 # %% ../nbs/30_families.ipynb #40886355
 PROBES = {
     "data": _probe_data,
@@ -337,6 +355,7 @@ PROBES = {
     "training": _probe_training,
     "sampling": _probe_sampling,
     "judge": _probe_judge,
+    "recording": _probe_recording,
     "pairs": _probe_pairs,
 }
 PROBES |= {k: partial(_probe_loss, v) for k, v in LOSSES.items()}

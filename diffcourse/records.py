@@ -40,6 +40,7 @@ VERSIONS = {  # raised when the family computes something else
     "training": 1,  # `fit`: order, draws, optimiser, averages
     "sampling": 1,  # paths, predictions, noise, the loop
     "judge": 1,  # features, distances, the floor, corruptions
+    "recording": 1,  # how recipes and rows are carried out
     "pairs": 1,  # noises and where a teacher takes them
     "DenoisingLoss": 1,
     "FlowMatching": 1,
