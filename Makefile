@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python book/build.py
 export TORCH_INDEX
 .DEFAULT_GOAL = help
-.PHONY: help env book smoke test nb results poster weights serve sync status clean
+.PHONY: help env book smoke test nb results poster weights serve sync status hooks clean
 
 help:  ## this list
 	@awk -F ':[^#]*## *' '/^[a-z]+:.*##/ {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ serve:  ## show build/site at http://localhost:8000 (PORT=)
 
 sync: env  ## export the modules and clean the notebooks
 	@$(RUN) sync
+
+hooks: env  ## once in a clone: merge notebooks cell by cell (git config of this clone)
+	@git config merge.nbdev-merge.name "merge of notebooks, cell by cell"
+	@git config merge.nbdev-merge.driver 'if [ -x .venv/bin/nbdev_merge ]; then .venv/bin/nbdev_merge %O %A %B %P; else git merge-file %A %O %B; fi'
+	@echo "hooks: git merges notebooks with .venv/bin/nbdev_merge"
 
 clean:  ## remove what was made: build, with its trained runs (.venv stays)
 	rm -rf build dist *.egg-info

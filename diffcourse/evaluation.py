@@ -250,12 +250,15 @@ def memorisation(
     x: Tensor,  # (n, …) samples
     train: Tensor,  # (…) what the generator saw
     held_out: Tensor,  # (…) what it did not see
-) -> float:  # 1: as far as unseen images; 0: copies
+) -> float:  # 1: as far as unseen images; 0: copies; inf: the unseen
     "Are samples closer to the training images than unseen ones are?"
-    x = x.clamp(-1, 1).cpu()
-    own = _nearest(x, train) / _nearest(x, held_out)
+    x = x.clamp(-1, 1).cpu().float()
+    to_train, to_held = _nearest(x, train), _nearest(x, held_out)
+    if to_held == 0:  # the unseen images themselves, or copies of both
+        return math.inf if to_train else 0.0
     usual = _nearest(held_out, train)
-    return own * _nearest(held_out, held_out, itself=True) / usual
+    unseen = _nearest(held_out, held_out, itself=True)
+    return to_train / to_held * unseen / usual
 
 # %% ../nbs/16_evaluation.ipynb #ca00fa9b
 def corruptions(

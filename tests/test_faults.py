@@ -598,3 +598,44 @@ def test_a_network_of_another_size_has_its_default_attention():
     for size in (4, 8, 16, 32, 64):
         assert dc.UNet(size=size).config()["attention"] == [size // 2]
     assert dc.UNet(attention=()).config()["attention"] == []
+
+
+@pytest.mark.parametrize("x", [dc.digits("held_out").x, dc.digits("train").x[:200], dc.digits("all").x[:100].double(), dc.digits("all").x[:100].bfloat16()],
+                         ids=["held out", "training", "float64", "bfloat16"])
+def test_real_images_can_be_scored(x):
+    found = dc.score(x)
+    assert found.fd >= 0 and found.memorisation >= 0 and str(found)
+    if len(x) == 200:
+        assert found.memorisation == 0  # copies
+
+
+def test_two_branches_that_change_different_cells_merge(tmp_path):
+    "The driver that `make hooks` installs; without it git merges lines and leaves markers."
+    import shutil
+
+    git = lambda *a, **k: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, capture_output=True, text=True, **k)
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    file = tmp_path / "a.ipynb"
+    cells = [{"cell_type": "code", "id": f"cell{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": [f"x{i} = 0"]} for i in range(3)]
+    write = lambda: file.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}, indent=1))
+    write()
+    git("init", "-q", "-b", "main"), git("add", "-A"), git("commit", "-qm", "one")
+    makefile = (ROOT / "Makefile").read_text()
+    driver = next(line for line in makefile.splitlines() if "merge.nbdev-merge.driver" in line).split("driver ", 1)[1].strip()
+    driver = driver.strip("'").replace("$$", "$").replace(".venv/bin/nbdev_merge", str(Path(sys.executable).with_name("nbdev_merge")))
+    assert git("config", "merge.nbdev-merge.driver", driver).returncode == 0
+
+    def branch(name, i, text):
+        git("checkout", "-qb", name, "main")
+        before, cells[i]["source"] = cells[i]["source"], [text]
+        write()
+        git("commit", "-qam", name)
+        cells[i]["source"] = before
+        git("checkout", "-q", "main")
+
+    branch("left", 0, "x0 = 1"), branch("right", 2, "x2 = 1"), branch("other", 0, "x0 = 2")
+    assert git("merge", "left", "-m", "l").returncode == 0 and git("merge", "right", "-m", "r").returncode == 0
+    text = file.read_text()
+    assert "x0 = 1" in text and "x2 = 1" in text
+    done = git("merge", "other", "-m", "o")
+    assert done.returncode == 1 and "<<<<<<<" in file.read_text() and "x0 = 2" in file.read_text()
