@@ -231,11 +231,11 @@ def faked(module, said):
     """A Python whose `-m module` fails with a message; book/env.py, run by it, takes it for itself."""
     itself = "import runpy, sys; sys.executable = sys.argv[1]; runpy.run_path('book/env.py', run_name='__main__')"
     return (f'case "$*" in *"-m {module}"*) echo "{said}" >&2; exit 1;; esac\n'
-            f'exec {sys.executable} -c "{itself}" "$0"')
+            f'exec "{sys.executable}" -c "{itself}" "$0"')
 
 
 @pytest.mark.parametrize("body, said", [
-    (f"exec {sys.executable} -c \"import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path('book/env.py', run_name='__main__')\"",
+    (f"exec '{sys.executable}' -c \"import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path('book/env.py', run_name='__main__')\"",
      "Python 3.11 or newer is needed and this is 3.9"),
     (faked("venv", "No module named venv"), "no venv module"),
     (faked("venv", "The virtual environment was not created successfully because ensurepip is not available."), "python3-venv"),
@@ -249,7 +249,7 @@ def test_environment_says_in_one_line_what_is_missing(tmp_path, body, said):
 def test_environment_without_a_package_index(tmp_path):
     closed = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "",
               "PIP_EXTRA_INDEX_URL": ""}
-    lines = environment(tmp_path, f'exec {sys.executable} "$@"', **closed)
+    lines = environment(tmp_path, f'exec "{sys.executable}" "$@"', **closed)
     assert len(lines) == 1 and "no package index" in lines[0]
     assert not (tmp_path / ".venv/diffcourse.stamp").exists()
 
