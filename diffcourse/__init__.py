@@ -12,7 +12,7 @@ import difflib, hashlib, importlib, json, pathlib
 # %% ../nbs/10_diffcourse.ipynb #5de70813
 _names = {
     "paths": "Path VP Linear Prediction PREDICTIONS path_from "
-    "linear_betas cosine_betas",
+    "linear_betas cosine_betas sigmoid_betas",
     "data": "Images as_data digits mnist5k mnist fashion_mnist cifar10",
     "store": "Store open_store prepare",
     "files": "Files image_folder",

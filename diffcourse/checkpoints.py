@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack', 'part', 'unpack', 'restore', 'Writer', 'wait', 'is_due', 'held', 'read_log', 'trim_log', 'write_log', 'about',
-           'publish', 'keep', 'point_to', 'snapshot', 'snapshots', 'catch_up', 'others', 'tell']
+           'publish', 'keep', 'point_to', 'snapshot', 'draw', 'snapshots', 'catch_up', 'others', 'tell']
 
 # %% ../nbs/38_checkpoints.ipynb #c4c978ba
 import contextlib, json, math, os, socket, threading, time
@@ -303,10 +303,16 @@ def snapshot(state, callback):
     meta = {"step": state.step, "of": state.watcher}
     file = state.folder / f"snapshot-{name}.safetensors"
     runs.save_tensors(file, {"x": kept}, meta)
+    draw(state, kept)
+
+# %% ../nbs/38_checkpoints.ipynb #283de997
+def draw(state, kept):
+    "Images as a grid: grid-0005000.png; of what is none, nothing."
     if (pixels := _as_images(kept)) is not None:
         from PIL import Image
 
-        Image.fromarray(pixels).save(state.folder / f"grid-{name}.png")
+        name = f"grid-{state.step:07d}.png"
+        Image.fromarray(pixels).save(state.folder / name)
 
 
 def snapshots(state) -> dict:  # step -> tensor

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'as_time', 'expand', 'check_prediction', 'Path', 'Linear', 'VP', 'VPLinear', 'VPCosine', 'VPSigmoid',
-           'VPTable', 'linear_betas', 'cosine_betas', 'path_from', 'Prediction']
+           'VPTable', 'linear_betas', 'cosine_betas', 'sigmoid_betas', 'path_from', 'Prediction']
 
 # %% ../nbs/11_paths.ipynb #c2976d00
 import math
@@ -556,6 +556,22 @@ def cosine_betas(
     """
     t = torch.linspace(0, 1, n + 1, dtype=torch.float64)
     bar = VPCosine(s).alpha(t) ** 2
+    return (1 - bar[1:] / bar[:-1]).clamp(max=largest)
+
+# %% ../nbs/11_paths.ipynb #ed1a6ce2
+def sigmoid_betas(
+    n: int = 1000,  # steps of the chain
+    start: float = -3.0,  # argument of the sigmoid at the data
+    end: float = 3.0,  # and at the noise
+    tau: float = 1.0,  # temperature: smaller is steeper
+    largest: float = 0.999,  # clip, for the last step
+) -> Tensor:  # (n,) float64
+    """The sigmoid table.
+
+    Source: Jabri et al. (2023); this form: Chen (2023).
+    """
+    t = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    bar = VPSigmoid(start, end, tau).alpha(t) ** 2
     return (1 - bar[1:] / bar[:-1]).clamp(max=largest)
 
 # %% ../nbs/11_paths.ipynb #93a1f6c2

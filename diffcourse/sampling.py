@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'Grid', 'uniform', 'cosine', 'quadratic', 'logsnr', 'trailing', 'leading', 'linspace', 'explicit',
-           'Solver', 'Euler', 'Noise', 'Samples', 'sample', 'NetworkTime']
+           'Solver', 'Euler', 'Noise', 'Samples', 'sample', 'preview', 'NetworkTime']
 
 # %% ../nbs/14_sampling.ipynb #67a99b98
 import numbers
@@ -569,6 +569,27 @@ def sample(
     seconds = _now(den.device) - begin
     kept = states if trajectory else None
     return Samples(states[-1], nfe, seconds, times, kept)
+
+# %% ../nbs/14_sampling.ipynb #84d68770
+def preview(
+    loss,  # with a path and a prediction, as the losses of the book
+    shape: Sequence[int],  # of one sample
+    n: int = 36,  # samples
+    steps: int = 20,  # of Euler's method
+):  # -> callback for `fit`, or None where the loss does not say enough
+    "What looks at a network in training: samples from fixed noise."
+    path, predicts = (
+        getattr(loss, k, None) for k in ("path", "predicts")
+    )
+    if not isinstance(path, Path) or not isinstance(predicts, str):
+        return None
+    grid = uniform(steps, start=0.999)  # where every prediction works
+
+    def look(step, net):
+        den = Denoiser(net, path, predicts)
+        return sample(den, shape, Euler(), grid, seeds=range(n)).x
+
+    return look
 
 # %% ../nbs/14_sampling.ipynb #c3fa1504
 class NetworkTime:

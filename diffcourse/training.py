@@ -20,6 +20,7 @@ from .data import Samples, as_data
 from .draws import DROPOUT, Draws, flip, plan
 from .identity import fingerprint, identify
 from .progress import Progress, interruptible, say
+from .sampling import preview
 from .settings import Settings, autocast, fast_bf16
 from .settings import kernels, lacks, learning_rate
 
@@ -191,6 +192,17 @@ def _leave(state, how):  # -> what went wrong, or None
             checkpoints.snapshot(state, how.callback)
         except Exception as e:
             return e
+    if how.look and state.step % how.every == 0:
+        how.look = _glance(state, how.look)
+
+
+def _glance(state, look):  # a preview costs no training
+    try:
+        x = look(state.step, state.ema.net)
+        checkpoints.draw(state, x.clamp(-1, 1))
+        return look
+    except Exception as e:  # a network with two times, a loss of pairs
+        print(f"no preview of this network: {type(e).__name__}: {e}")
 
 # %% ../nbs/15_training.ipynb #ee2f5a71
 def _log(state):
@@ -435,8 +447,8 @@ def fit(
     steps: int,  # iterations
     *,
     start=None,  # run, file, denoiser or network: weights to begin with
-    every: int = 0,  # iterations between two calls of the callback
-    callback=None,  # (step, averaged net) -> tensor to keep, or None
+    every: int = 0,  # iterations between two looks at the network
+    callback=None,  # (step, averaged net) -> to keep; None: preview
     keep_every: int = 0,  # iterations between two numbered weights
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
@@ -463,16 +475,20 @@ class _How:  # what shapes no weight
     callback: object
     keep_every: int
     save_every: float | None
+    look: object = None  # a preview, where there is no callback
 
     def __post_init__(self):
         _check_watch(self)
 
-
+# %% ../nbs/15_training.ipynb #2cbb2f9e
 def _fit(loss, net, data, run, s, acc, fresh, how):
     progress = Progress(run, s.steps)
     tell = functools.partial(say, progress)
     state = _open(run, loss, net, data, s, acc, fresh)
     state.watcher = _name_of(how)
+    shape = tuple(getattr(data, "shape", ()))
+    if how.every and not how.callback and len(shape) == 3:
+        how.look = preview(loss, shape)
     if _is_complete(state):  # it is only read
         checkpoints.restore(state)
         return _reuse(state, how, tell)

@@ -639,3 +639,18 @@ def test_two_branches_that_change_different_cells_merge(tmp_path):
     assert "x0 = 1" in text and "x2 = 1" in text
     done = git("merge", "other", "-m", "o")
     assert done.returncode == 1 and "<<<<<<<" in file.read_text() and "x0 = 2" in file.read_text()
+
+
+def test_a_preview_where_there_is_no_callback(capsys):
+    from PIL import Image
+
+    torch.manual_seed(0)
+    net = dc.UNet(size=4, base=8, mults=(1,), heads=2)
+    x = torch.rand(20, 1, 4, 4) * 2 - 1
+    made = train(net=net, data=dc.Images(x), every=2, steps=4)
+    assert Image.open(made.folder / "grid-0000004.png").size == (31, 31) and made.snapshots == {}
+    two = dc.UNet(size=4, base=8, mults=(1,), heads=2, second_time=True)
+    train(lambda net, x0, draw: net(x0, draw.t(), draw.t()).square().flatten(1).mean(1), net=two, data=dc.Images(x), every=2, run="no")
+    loss = dc.MeanFlowLoss()
+    train(loss, net=two, data=dc.Images(x), every=2, run="mf")
+    assert "no preview of this network" in capsys.readouterr().out
