@@ -68,6 +68,7 @@ def tree(nb: str) -> ast.Module | None:
         return None
 
 
+@cache
 def strings(nb: str, loaded: bool = False) -> set[str]:
     """The texts in a notebook's code; `loaded`: without those that it takes from the package, in calls with source="shipped"."""
     nodes = [*ast.walk(tree(nb) or ast.parse(""))]
@@ -81,18 +82,21 @@ def run_names(nodes) -> set[str]:
     """The texts among these nodes; task.run("flow") counts as the name of the run on the digits, "digits/flow"."""
     nodes = [*nodes]
     pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
-    asked = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "task.run" and n.args]
+    asked = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "run"
+             and getattr(n.func.value, "id", "") == "task" and n.args]
     ends = [n.args[0] for n in asked if isinstance(n.args[0], ast.Constant)]
     names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces and n not in ends}
     return names | {f"digits/{n.value}" for n in ends}
 
 
+@cache
 def makes(nb: str) -> set[str]:
     """The runs that a notebook makes: the texts in what is given as `run=` in a call, pieces of f-strings left out."""
     given = [k.value for n in ast.walk(tree(nb) or ast.parse("")) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "run"]
     return run_names((n for value in given for n in ast.walk(value)))
 
 
+@cache
 def makers(nb: str) -> list[str]:
     """The other notebooks that make a run which this one names."""
     return [other for other in notebooks() if other != nb and makes(other) & strings(nb, loaded=True) - makes(nb)]
