@@ -72,8 +72,9 @@ def test_a_machine_changes_how_it_computes_and_nothing_else(path):
         dc.task(task).settings(**given["machine"])
 
 
-def test_the_recipe_of_the_reference_project():
-    task, given = dc.task("celeba64"), read(ROOT / "configs/celeba64/04_flow_matching.yaml")
+@pytest.mark.parametrize("stem", ["02_ddpm", "04_flow_matching"])
+def test_the_recipe_of_the_reference_project(stem):
+    task, given = dc.task("celeba64"), read(ROOT / f"configs/celeba64/{stem}.yaml")
     steps = {"steps": given["steps"]}
     said, own = task.settings(**given["settings"] | steps), task.settings()
     assert dc.Settings(**said) == dc.Settings(**own)
