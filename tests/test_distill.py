@@ -251,13 +251,18 @@ def test_weights_in_closed_form():
         assert torch.allclose(interval_weight("snr+1", path, "v", t), torch.ones_like(t))
     assert torch.allclose(interval_weight("snr+1", LINE, "flow", t), t**2 + (1 - t) ** 2)
     assert torch.allclose(interval_weight("truncated", LINE, "flow", t), torch.maximum(t**2, (1 - t) ** 2))
+    for path in PATHS:  # one at the noise, 1 + alpha at the image, straight between, whatever is predicted
+        found = interval_weight("linear", path, "v", torch.tensor([1.0, 0.5, 0.2, 0.0]), alpha=0.6)
+        assert torch.allclose(found, torch.tensor([1.0, 1.3, 1.48, 1.6]))
 
 
 def test_weight_multiplies_the_loss_of_each_sample():
     x0 = MIX.sample(64, 0)[:, None]
-    plain, weighted = (Distillation(exact(), 5, weight=w)(exact().net, x0, draws(x0)) for w in ("plain", "x0"))
-    i = (draws(x0).t() * 5).long()
-    assert torch.allclose(weighted, plain * ((i + 1) / 5) ** 2, rtol=1e-5)
+    cases = dict(weight="plain"), dict(weight="x0"), dict(weight="linear"), dict(weight="linear", alpha=2.0)
+    plain, *weighted = (Distillation(exact(), 5, **c)(exact().net, x0, draws(x0)) for c in cases)
+    t = ((draws(x0).t() * 5).long() + 1) / 5
+    for found, factor in zip(weighted, (t**2, 1.5 - t / 2, 3 - 2 * t)):
+        assert torch.allclose(found, plain * factor, rtol=1e-5)
 
 
 # the anchor and the features
@@ -476,6 +481,17 @@ def test_targets():
         train(teacher(), target="flow")
 
 
+def test_a_student_is_followed_by_the_steps_it_was_taught():
+    "The midpoint rule asks halfway through a step, where a student was never asked: only the first teacher knows."
+    _, made = train(teacher(), rule="midpoint")
+    first = Distillation(teacher(), 10, 2, "midpoint")
+    ten = fit(first, unet(0).requires_grad_(True), images(), run="t/ten", steps=3, **FEW)
+    second = Distillation(Denoiser(ten.net, LINE, "flow"), 5, 2, "ddim")
+    five = fit(second, copy.deepcopy(ten.net).requires_grad_(True), images(), run="t/five", steps=3, **FEW)
+    for found, own in zip(made, (ten, five)):
+        assert same(found.net.state_dict(), own.net.state_dict())
+
+
 def test_another_student_learns_in_the_last_stage():
     small = compact(UNet(**TINY | dict(heads=2)))
     student, made = train(teacher(), student=small)
@@ -511,6 +527,7 @@ def test_distillation_works_in_one_dimension_and_helps():
         (dict(anchor=-0.1), "anchor=-0.1: 0 or more"),
         (dict(features=math.nan), "features=nan: 0 or more"),
         (dict(delta=0.0), "delta=0.0: above 0"),
+        (dict(weight="linear", alpha=-0.1), "alpha=-0.1: 0 or more"),
     ],
 )
 def test_bad_options(given, said):
@@ -569,7 +586,7 @@ def test_what_does_not_exist_is_named_with_what_does():
     x, t = torch.zeros(2, 1), torch.ones(2)
     with pytest.raises(ValueError, match=r"rule='heun': choose of \['ddim', 'midpoint'\]"):
         follow(teacher(), x, t, t / 2, rule="heun")
-    with pytest.raises(ValueError, match=r"kind='snr': choose of \['plain', 'x0', 'snr\+1', 'truncated'\]"):
+    with pytest.raises(ValueError, match=r"kind='snr': choose of \['plain', 'x0', 'snr\+1', 'truncated', 'linear'\]"):
         interval_weight("snr", LINE, "flow", t)
 
 
@@ -599,8 +616,17 @@ def test_teacher_of_another_shape_than_the_data():
         train(teacher(size=8, attention=(4,)))
 
 
-def test_page_stops_at_a_number_of_steps_that_does_not_divide(tmp_path):
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(steps="3"), "choose of [10, 5, 4, 2, 1]"),
+        (dict(data="faces32", teacher="digits/flow"), "'digits/flow' is of another task than faces32"),
+        (dict(teacher="distilled-10"), "knows its own 10 steps alone: teacher_steps = 10"),
+    ],
+)
+def test_page_stops_at_what_does_not_fit(given, said, tmp_path):
     page = ROOT / "nbs" / "06_distill.ipynb"
-    command = [sys.executable, "-m", "papermill", page, "out.ipynb", "-p", "steps", "3", "--no-progress-bar"]
+    command = [sys.executable, "-m", "papermill", page, "out.ipynb", "--no-progress-bar"]
+    command += [word for k, v in given.items() for word in ("-p", k, v)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0 and "choose of [10, 5, 4, 2, 1]" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
