@@ -22,7 +22,7 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 def _changed(what, own, changes, known):  # own with changes
     if odd := [k for k in changes if k not in known]:
         near = difflib.get_close_matches(str(odd[0]), known)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{what} has no {', '.join(map(repr, odd))}"
                          f"{hint} There are {', '.join(known)}")
     return own | changes
