@@ -507,8 +507,8 @@ def _name_of(how):  # of the callback: whose snapshots are these?
         return None
     try:
         return fingerprint([how.callback, how.every])
-    except TypeError:  # it holds a figure, a file, …
-        return "unknown"
+    except TypeError:  # it holds a figure, a file, …: never the same
+        return f"unknown {time.time_ns()}"
 
 
 def _reuse(state, how, say):

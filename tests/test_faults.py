@@ -142,6 +142,21 @@ def test_another_callback_on_a_complete_run(capsys):
     assert set(more.snapshots) == {6} and more.status == "reused"
 
 
+def test_callbacks_that_cannot_be_described_are_never_the_same(capsys):
+    lock = threading.Lock()
+
+    def make(value):
+        def look(step, net):
+            with lock:
+                return torch.tensor([value])
+        return look
+
+    assert set(train(steps=4, every=2, callback=make(1.0)).snapshots) == {2, 4}
+    other = train(steps=4, every=2, callback=make(2.0))
+    assert other.status == "reused" and {k: v.item() for k, v in other.snapshots.items()} == {4: 2}
+    assert "fresh=True" in capsys.readouterr().out
+
+
 def test_another_callback_sees_the_numbered_weights():
     look = lambda step, net: net.out.weight.detach().clone()
     first = train(steps=6, every=2, keep_every=2, callback=look)
