@@ -139,9 +139,7 @@ class _Walk:  # one description: what was met, and where we are
             self.open[id(obj)] = len(self.open)
             self.trail.append(str(name))
             said = _digest(_describe(self, obj))
-            self.known[id(obj)] = [
-                said
-            ], obj  # it lives: so does its id
+            self.known[id(obj)] = [said], obj  # alive: its id is its
             self.trail.pop()
             del self.open[id(obj)]
         return self.known[id(obj)][0]

@@ -284,9 +284,7 @@ def _single(acc):  # an Accelerator that adds nothing of its own
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        acc = (
-            acc or Accelerator()
-        )  # shares the state of one that exists
+        acc = acc or Accelerator()  # shares the state of one there
         world = acc.num_processes
     if world > 1:
         raise RuntimeError(
