@@ -179,7 +179,7 @@ _TASKS = {
     "faces32": Task(
         "faces32", size=32, read=functools.partial(_faces, 32),
         network=dict(mults=(1, 2, 2), attention=(8,)),
-        training=_SMALL, **_FACES),
+        training=_SMALL | dict(steps=7000), **_FACES),
     "faces64": Task(
         "faces64", size=64, read=functools.partial(_faces, 64),
         network=dict(mults=(1, 2, 2, 4), attention=(8,)),
