@@ -18,9 +18,9 @@ _names = {
     "files": "Files image_folder",
     "real_faces": "celeba",
     "unet": "UNet count_parameters count_macs",
-    "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
-    "trailing leading linspace explicit Solver Euler sample Samples "
-    "NetworkTime",
+    "grids": "Grid uniform quadratic cosine logsnr trailing leading "
+    "linspace explicit",
+    "sampling": "Denoiser Solver Euler sample Samples NetworkTime",
     "training": "fit Fit",
     "settings": "Settings",
     "averages": "EMA posthoc",
