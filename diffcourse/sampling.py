@@ -6,13 +6,14 @@
 __all__ = ['Denoiser', 'Solver', 'Euler', 'Noise', 'Samples', 'sample', 'preview', 'NetworkTime']
 
 # %% ../nbs/14_sampling.ipynb #67a99b98
+import copy
 import numbers
 import operator
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from . import runs
 from .grids import Grid, cosine, explicit, leading, linspace
 from .grids import logsnr, quadratic, trailing, uniform
 from .paths import Path, Prediction
-from .paths import as_time, check_prediction, patch_to
+from .paths import check_prediction, one_time, patch_to
 
 # %% ../nbs/14_sampling.ipynb #12f6d928
 class Denoiser:
@@ -31,6 +32,7 @@ class Denoiser:
     """
 
     _does_not_shape = ("nfe",)  # a counter is no part of its identity
+    _weights = None  # their type, while sampling: looked up once
 
     def __init__(
         self,
@@ -54,16 +56,21 @@ class Denoiser:
         return f"Denoiser({net}, {self.path}, {self.predicts!r})"
 
 # %% ../nbs/14_sampling.ipynb #e6e6cff3
-def _check_states(x, t):
+def _times(t, x):  # -> t where x lives, and one time a sample
     if not x.is_floating_point():
         raise TypeError(
             f"x is {x.dtype}: a floating point type is needed"
         )
+    exact = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(t, float):
+        return t, x.new_full((len(x),), t, dtype=exact)
+    t = t.to(x.device) if t.ndim else t
     if t.ndim and t.shape != x.shape[:1]:
         raise ValueError(
             f"t has shape {tuple(t.shape)} for {len(x)} samples: "
             "a float or one time a sample is needed"
         )
+    return t, t.to(x.device, exact).expand(len(x))
 
 # %% ../nbs/14_sampling.ipynb #101e56be
 @patch_to(Denoiser)
@@ -73,12 +80,10 @@ def __call__(
     t,  # float, or (B,)
 ) -> Prediction:
     "Evaluate the network once."
-    t = as_time(t)
-    t = t.to(x.device) if t.ndim else t
-    _check_states(x, t)
-    t_each = t.to(x.device, torch.promote_types(x.dtype, _FULL))
-    with self._half(x.device) as dtype:
-        out = self.net(x.to(dtype or x.dtype), t_each.expand(len(x)))
+    t, t_each = _times(one_time(t), x)
+    half, kind = self._half(), x.device.type
+    with torch.autocast(kind, half) if half else nullcontext():
+        out = self.net(x.to(half or x.dtype), t_each)
     if out.shape != x.shape:
         raise ValueError(
             f"the network made {tuple(out.shape)} of {tuple(x.shape)}: "
@@ -89,16 +94,17 @@ def __call__(
     return Prediction(x, t, out, self.predicts, self.path)
 
 # %% ../nbs/14_sampling.ipynb #597b8467
-_FULL, _HALF = torch.float32, (torch.bfloat16, torch.float16)
+_HALF = torch.bfloat16, torch.float16
 
 
 @patch_to(Denoiser)
-@contextmanager
-def _half(self, device):  # -> type of the weights where it is half
-    weights = getattr(self.net, "parameters", lambda: ())()
-    dtype = next((p.dtype for p in weights if p.dtype in _HALF), None)
-    with torch.autocast(device.type, dtype) if dtype else nullcontext():
-        yield dtype
+def _half(self):  # -> type of the weights where it is half, or None
+    if self._weights is not None:
+        return self._weights[0]
+    for part in getattr(self.net, "modules", list)():
+        for p in part._parameters.values():
+            if p is not None and p.dtype in _HALF:
+                return p.dtype
 
 # %% ../nbs/14_sampling.ipynb #f6c25163
 @patch_to(Denoiser)
@@ -212,6 +218,53 @@ class Samples:
     times: Tensor  # (steps + 1,) the grid
     trajectory: Tensor | None = None  # (states, n, …), start first
 
+# %% ../nbs/14_sampling.ipynb #5d5d1239
+class _LookedUp:
+    "Stands before a kind of path: its numbers, from a table."
+
+    def _number(self, name, t):
+        own = getattr(super(), name)
+        if not isinstance(t, float):
+            return own(t)
+        if name not in self._tables:
+            self._tables[name] = _tabulated(own, self._times)
+        found = self._tables[name].get(t)
+        return own(t) if found is None else found.clone()
+
+    def __repr__(self):
+        return repr(self._path)
+
+    def config(self):
+        return self._path.config()
+
+
+def _tabulated(number, times):  # time -> value; {}: one by one
+    try:
+        values = number(times).expand(len(times)).unbind()
+    except (ValueError, TypeError, RuntimeError):
+        return {}
+    return dict(zip(times.tolist(), values))
+
+# %% ../nbs/14_sampling.ipynb #814f891e
+def _from_table(name):
+    return lambda self, t: self._number(name, t)
+
+
+for _name in ("alpha", "sigma", "dalpha", "dsigma", "lam", "dlam"):
+    setattr(_LookedUp, _name, _from_table(_name))
+
+
+@cache
+def _kind(path):  # the class of paths with the table before it
+    return type(path.__name__, (_LookedUp, path), {})
+
+
+def _looked_up(path, times):  # the same path, with the table
+    same = copy.copy(path)
+    same.__class__ = _kind(type(path))
+    same._path, same._times, same._tables = path, times, {}
+    return same
+
 # %% ../nbs/14_sampling.ipynb #27db9a00
 def _solve(den, solver, times, final, keep, noise, x):
     "The states, (1, n, …), or all of them where they are kept."
@@ -244,6 +297,18 @@ def _evaluating(net):
             m.training = True
 
 
+@contextmanager
+def _ready(den, times):  # for many steps
+    path, weights = den.path, den._weights
+    den._weights = (den._half(),)
+    den.path = _looked_up(path, times)
+    try:
+        with _evaluating(den.net):
+            yield
+    finally:
+        den.path, den._weights = path, weights
+
+# %% ../nbs/14_sampling.ipynb #2bc4f009
 def _in_batches(solve, den, shape, seeds, n, x, batch):
     "The states of all samples, and the evaluations for one of them."
     size, parts, before = batch or n, [], den.nfe
@@ -362,7 +427,7 @@ def sample(
     _check_shapes(seeds, n, x, shape, batch)
     times, begin = grid.times(den.path), time.perf_counter()
     solve = partial(_solve, den, solver, times, final, trajectory)
-    with _evaluating(den.net):
+    with _ready(den, times):
         states, nfe = _in_batches(solve, den, shape, seeds, n, x, batch)
     seconds = _now(den.device) - begin
     kept = states if trajectory else None
