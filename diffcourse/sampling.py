@@ -94,16 +94,18 @@ def __call__(
     return Prediction(x, t, out, self.predicts, self.path)
 
 # %% ../nbs/14_sampling.ipynb #597b8467
-_HALF = torch.bfloat16, torch.float16
-
-
 @patch_to(Denoiser)
 def _half(self):  # -> type of the weights where it is half, or None
     if self._weights is not None:
         return self._weights[0]
-    for part in getattr(self.net, "modules", list)():
+    return _half_type(getattr(self.net, "modules", list)())
+
+
+def _half_type(parts):
+    half = torch.bfloat16, torch.float16
+    for part in parts:
         for p in part._parameters.values():
-            if p is not None and p.dtype in _HALF:
+            if p is not None and p.dtype in half:
                 return p.dtype
 
 # %% ../nbs/14_sampling.ipynb #f6c25163
@@ -223,13 +225,12 @@ class _LookedUp:
     "Stands before a kind of path: its numbers, from a table."
 
     def _number(self, name, t):
-        own = getattr(super(), name)
-        if not isinstance(t, float):
-            return own(t)
-        if name not in self._tables:
-            self._tables[name] = _tabulated(own, self._times)
-        found = self._tables[name].get(t)
-        return own(t) if found is None else found.clone()
+        table, number = self._tables.get(name), getattr(self._path, name)
+        if table is None:
+            table = _tabulated(number, self._times)
+            self._tables[name] = table
+        found = table.get(t) if isinstance(t, float) else None
+        return number(t) if found is None else found.clone()
 
     def __repr__(self):
         return repr(self._path)
@@ -291,7 +292,7 @@ def _evaluating(net):
     for m in training:
         m.training = False
     try:
-        yield
+        yield parts
     finally:
         for m in training:
             m.training = True
@@ -300,10 +301,10 @@ def _evaluating(net):
 @contextmanager
 def _ready(den, times):  # for many steps
     path, weights = den.path, den._weights
-    den._weights = (den._half(),)
-    den.path = _looked_up(path, times)
     try:
-        with _evaluating(den.net):
+        with _evaluating(den.net) as parts:
+            den._weights = (_half_type(parts),)
+            den.path = _looked_up(path, times)
             yield
     finally:
         den.path, den._weights = path, weights
