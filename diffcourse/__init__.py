@@ -20,6 +20,7 @@ _names = {
     "unet": "UNet count_parameters count_macs",
     "grids": "Grid uniform quadratic cosine logsnr trailing leading "
     "linspace explicit",
+    "batches": "",
     "sampling": "Denoiser Solver Euler sample Samples NetworkTime",
     "training": "fit Fit",
     "settings": "Settings",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import runs
+from .batches import in_batches
 from .grids import Grid, cosine, explicit, leading, linspace
 from .grids import logsnr, quadratic, trailing, uniform
 from .paths import Path, Prediction
@@ -310,18 +311,34 @@ def _ready(den, times):  # for many steps
         den.path, den._weights = path, weights
 
 # %% ../nbs/14_sampling.ipynb #2bc4f009
-def _in_batches(solve, den, shape, seeds, n, x, batch):
+def _in_batches(solve, den, shape, seeds, n, x, batch, progress):
     "The states of all samples, and the evaluations for one of them."
-    size, parts, before = batch or n, [], den.nfe
-    for i in range(0, n, size):
-        one = isinstance(seeds, int)
-        own = seeds if one else seeds[i : i + size]
-        noise = Noise(own, min(size, n - i), shape, den.device)
-        x_i = None if x is None else x[i : i + size].to(den.device)
-        parts.append(solve(noise, x_i))
-        if i == 0:
-            nfe = den.nfe - before
-    return torch.cat(parts, 1), nfe
+    device, spent, cloud = den.device, [], isinstance(seeds, int)
+
+    def make(lo, hi):
+        if hi - lo < n and cloud:
+            raise torch.OutOfMemoryError(_ONE_CLOUD.format(n=n))
+        before = den.nfe
+        own = seeds if cloud else seeds[lo:hi]
+        noise = Noise(own, hi - lo, shape, device)
+        try:
+            x_i = None if x is None else x[lo:hi].to(device)
+            states = solve(noise, x_i)
+        except torch.OutOfMemoryError:
+            den.nfe = before  # what failed is no evaluation
+            raise
+        spent.append(den.nfe - before)
+        return states
+
+    size = n if cloud else batch
+    parts = in_batches(make, n, size, shape, device, progress)
+    return torch.cat(parts, 1), spent[0]
+
+
+_ONE_CLOUD = (
+    "{n} samples of one seed do not fit into memory at once, and their "
+    "noise cannot be divided: give each a seed, seeds=range({n})"
+)
 
 # %% ../nbs/14_sampling.ipynb #0004e695
 def _count(seeds, n, x):
@@ -415,13 +432,15 @@ def sample(
     x: Tensor | None = None,  # (n, *shape) start, instead of noise
     final: str = "stop",  # or "denoise": end with a predicted x0
     trajectory: bool = False,  # keep every state
-    batch: int | None = None,  # samples at once; all by default
+    batch: int | None = None,  # samples at once; None: what fits
+    progress: bool = True,  # a line on long work
 ) -> Samples:
     """Solve from noise to data.
 
     With one seed a sample, sample j depends on seeds[j] alone.
 
-    Raises: ValueError, TypeError for what does not fit.
+    Raises: ValueError, TypeError for what does not fit together;
+    OutOfMemoryError when not even one sample fits into memory.
     """
     grid = _check_rule(solver, final, grid)
     n, seeds = _count(seeds, n, x)
@@ -429,7 +448,8 @@ def sample(
     times, begin = grid.times(den.path), time.perf_counter()
     solve = partial(_solve, den, solver, times, final, trajectory)
     with _ready(den, times):
-        states, nfe = _in_batches(solve, den, shape, seeds, n, x, batch)
+        own = shape, seeds, n, x, batch, progress
+        states, nfe = _in_batches(solve, den, *own)
     seconds = _now(den.device) - begin
     kept = states if trajectory else None
     return Samples(states[-1], nfe, seconds, times, kept)
