@@ -22,6 +22,8 @@ _names = {
     "linspace explicit",
     "batches": "",
     "sampling": "Denoiser Solver Euler sample Samples NetworkTime",
+    "fast": "make_fast",
+    "images": "save_images save_grid",
     "training": "fit Fit",
     "settings": "Settings",
     "averages": "EMA posthoc",
