@@ -21,7 +21,7 @@ _names = {
     "grids": "Grid uniform quadratic cosine logsnr trailing leading "
     "linspace explicit",
     "batches": "",
-    "sampling": "Denoiser Solver Euler sample Samples NetworkTime",
+    "sampling": "Denoiser Solver Euler sample Samples",
     "fast": "make_fast",
     "images": "save_images save_grid",
     "training": "fit Fit",
@@ -48,7 +48,7 @@ _names |= {
     "leaderboard": "",
     "evaluation": "DigitClassifier score Score fd kid",
     "inception": "fid",
-    "timing": "measure",
+    "timing": "measure NetworkTime",
     "records": "read_records",
     "experiments": "",
     "faces": "FaceLaw draw_face",

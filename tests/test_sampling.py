@@ -3,13 +3,12 @@ import pytest
 import torch
 from torch import nn
 
+from diffcourse.grids import looked_up
 from diffcourse.paths import VP, Linear, linear_betas
 from diffcourse.sampling import (
     Denoiser,
     Euler,
-    NetworkTime,
     Noise,
-    _looked_up,
     cosine,
     explicit,
     logsnr,
@@ -18,6 +17,7 @@ from diffcourse.sampling import (
     trailing,
     uniform,
 )
+from diffcourse.timing import NetworkTime
 from diffcourse.unet import UNet
 
 MU, STD = 0.7, 0.4
@@ -188,7 +188,7 @@ def test_network_time_counts_the_network_alone():
 @pytest.mark.parametrize("path", [Linear(), VP.linear(), VP.cosine(), VP.cosine(0.008), VP.sigmoid(), VP.table(linear_betas(10))], ids=repr)
 def test_numbers_of_a_path_from_a_table(path):
     times = trailing(5, 10).times(path)
-    table = _looked_up(path, times)
+    table = looked_up(path, times)
     assert isinstance(table, type(path)) and repr(table) == repr(path) and table.config() == path.config()
     for name in ("alpha", "sigma", "dalpha", "dsigma", "lam", "dlam"):
         for t in (*times.tolist(), 0.5, torch.tensor(0.4), torch.tensor([0.2, 1.0])):

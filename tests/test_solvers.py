@@ -9,9 +9,10 @@ import torch
 from diffcourse.ddim import DDIM
 from diffcourse.paths import PREDICTIONS, VP, Linear, cosine_betas, linear_betas
 from diffcourse.playground import mixture, stratified_normal
-from diffcourse.sampling import Denoiser, Euler, NetworkTime
+from diffcourse.sampling import Denoiser, Euler
 from diffcourse.sampling import cosine, explicit, logsnr, quadratic, sample, trailing, uniform
 from diffcourse.solvers import AB2, RK4, DPMpp, DPMSolver, Heun, Midpoint, order_list
+from diffcourse.timing import NetworkTime
 from diffcourse.unet import UNet
 from test_ddim import Fake, normal
 
