@@ -225,13 +225,13 @@ class _LookedUp:
     "Stands before a kind of path: its numbers, from a table."
 
     def _number(self, name, t):
-        number = getattr(self._path, name)
-        table = self._tables.get(name)
-        if table is None:
-            table = _tabulated(number, self._times)
-            self._tables[name] = table
-        found = table.get(t) if isinstance(t, float) else None
-        return number(t) if found is None else found.clone()
+        try:
+            return self._tables[name][t].clone()
+        except KeyError:  # not yet, another time, or many of them
+            number = getattr(self._path, name)
+        if name not in self._tables:
+            self._tables[name] = _tabulated(number, self._times)
+        return number(t)
 
     def __repr__(self):
         return repr(self._path)

@@ -626,13 +626,15 @@ class Prediction:
         path: Path,  # the path on which x lies
     ):
         self.x, self.t, self.out, self.path = x, one_time(t), out, path
-        self.predicts = check_prediction(predicts)
+        self.predicts, self._known = check_prediction(predicts), {}
 
     def _coef(self, name):  # alpha, sigma, dalpha, dsigma, like x
-        value = getattr(self.path, name)(self.t)
-        if isinstance(self.t, float):
-            return value.item()
-        return expand(value, self.x)
+        if name not in self._known:
+            value = getattr(self.path, name)(self.t)
+            one = isinstance(self.t, float)
+            value = value.item() if one else expand(value, self.x)
+            self._known[name] = value
+        return self._known[name]
 
 # %% ../nbs/11_paths.ipynb #57242e7f
 @patch_to(Prediction)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import runs
 from .batches import in_batches
@@ -99,7 +99,17 @@ def __call__(
 def _half(self):  # -> type of the weights where it is half, or None
     if self._weights is not None:
         return self._weights[0]
-    return _half_type(getattr(self.net, "modules", list)())
+    return _half_type(_parts(self.net))
+
+
+def _parts(net):  # the modules of a network; of a function none
+    found, left = {}, [net] if isinstance(net, nn.Module) else []
+    while left:
+        part = left.pop()
+        if part is not None and part not in found:
+            found[part] = True
+            left += part._modules.values()
+    return found
 
 
 def _half_type(parts):
@@ -242,7 +252,7 @@ def _solve(den, solver, times, final, keep, noise, x):
 # %% ../nbs/14_sampling.ipynb #e418c785
 @contextmanager
 def _evaluating(net):
-    parts = list(getattr(net, "modules", list)())
+    parts = _parts(net)
     training = [m for m in parts if m.training]  # each has its own mode
     for m in training:
         m.training = False
