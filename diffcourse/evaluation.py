@@ -313,6 +313,10 @@ class Score:
     def ratio(self) -> float:
         return self.fd / self.floor
 
+    @property
+    def headline(self) -> str:  # for a cell of a table
+        return f"{self.ratio:.2f} F"
+
     def __str__(self):
         return (
             f"FD {self.fd:.2f} = {self.ratio:.2f} F · "

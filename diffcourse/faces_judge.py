@@ -280,6 +280,13 @@ def __str__(self):
         f"{name} {self.attributes[name]:.3f} "
         f"({self.excess(name):.1f}) · n = {self.n}")
 
+
+def _headline(score):  # for a cell of a table
+    return f"{score.fd / score.fd_floor:.2f} F"
+
+
+FaceScore.headline = property(_headline)
+
 # %% ../nbs/44_faces_judge.ipynb #98ac6318
 @cache
 def _reference():  # features of 5,000 held-out faces
