@@ -298,7 +298,8 @@ def _check_alike(x, reference):
         kinds = {True: "grey", False: "in colour"}
         warnings.warn(
             f"samples are {kinds[x.grey]}, {reference.name} is "
-            f"{kinds[reference.grey]}: grey became three equal channels",
+            f"{kinds[reference.grey]}: grey became three equal "
+            "channels",
             stacklevel=3,
         )
 

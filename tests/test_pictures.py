@@ -48,6 +48,7 @@ def test_one_set_has_one_hash_wherever_it_lies(x, folder, tmp_path):
     assert pictures(seen[0]) is seen[0]
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1"])
 def test_colours_are_those_of_torch_fidelity(mode, tmp_path):
     from torch_fidelity.datasets import ImagesPathDataset
