@@ -349,6 +349,8 @@ def fid(
 
     Raises: ValueError for fewer than 1,000 images, nan, several sizes,
     features of another protocol; ConnectionError without weights."""
+    runs.whole("batch", batch)
+    runs.whole("subsets", subsets, 2)  # of one there is no deviation
     x = _given(x, size)
     _enough(x, "the set of samples")
     file = inception_weights(weights)

@@ -176,6 +176,12 @@ def test_the_error_of_kid_is_the_scatter_of_repetitions(subset):
     assert subset == 100 or not 0.7 < spread.mean() / value.std() < 1.5, "the deviation over subsets is no error"
 
 
+@pytest.mark.parametrize("given, said", [(dict(subsets=1), "subsets = 1"), (dict(batch=0), "batch = 0"), (dict(subset=1000), "no error bar"), (dict(size=0), "size = 0")])
+def test_options_that_make_no_sense(given, said, weights):
+    with pytest.raises(ValueError, match=said):
+        fid(crowd(0), crowd(1), weights, **given)
+
+
 def test_subsets():
     assert inception._subset_size(None, 1000) == 500 and inception._subset_size(None, 50_000) == 1000
     for wrong in (1000, 2000):
