@@ -238,3 +238,11 @@ def test_module_sources_follow_imports_and_ignore_comments(tmp_path, monkeypatch
     (tmp_path / "paths.py").write_text(text + "\nx = 1\n")
     changed = runs.module_sources("sampling")
     assert changed["paths"] != before["paths"] and changed["sampling"] == before["sampling"]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_clock_waits_for_the_device(kind, monkeypatch):
+    waited, where = [], torch.device(kind)
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *device: waited.append(device))
+    first = runs.clock(where)
+    assert len(waited) == 1 and runs.clock(torch.device("cpu")) >= first and len(waited) == 1
