@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from . import runs
 from .evaluation import fd, to_bytes
 from .faces import LAW, FaceLaw, faces
+from .identity import fingerprint
 from .paths import patch_to
 from .training import fit
 
@@ -79,7 +80,7 @@ class LabelledFaces:
 
     def __init__(self, images):
         self.images, self.name = images, f"{images.name}, labelled"
-        self.hash = runs.fingerprint([images.hash, images.y])
+        self.hash = fingerprint([images.hash, images.y])
 
     def __len__(self):
         return len(self.images)
