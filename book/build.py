@@ -79,12 +79,12 @@ def strings(nb: str, loaded: bool = False) -> set[str]:
 
 
 def run_names(nodes) -> set[str]:
-    """The texts among these nodes; task.run("flow") counts as the name of the run on the digits, "digits/flow"."""
+    """The texts among these nodes; task.run("flow") and task.teacher(other or "flow") count as "digits/flow", the name on the digits."""
     nodes = [*nodes]
     pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
-    asked = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "run"
-             and getattr(n.func.value, "id", "") == "task" and n.args]
-    ends = [n.args[0] for n in asked if isinstance(n.args[0], ast.Constant)]
+    asked = [n.args[0] for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.args
+             and n.func.attr in ("run", "teacher") and getattr(n.func.value, "id", "") == "task"]
+    ends = [n for name in asked for n in ast.walk(name) if isinstance(n, ast.Constant) and n not in pieces]
     names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces and n not in ends}
     return names | {f"digits/{n.value}" for n in ends}
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import runs
 from .data import digits
+from .identity import fingerprint
 from .paths import patch_to
 
 # %% ../nbs/16_evaluation.ipynb #9442c2a9
@@ -73,7 +74,7 @@ class Labelled:
         if many > rows:
             raise ValueError(f"{many} labels an image, {rows} rows")
         self.images, self.name = images, f"{images.name}, labelled"
-        self.hash = runs.fingerprint([images.hash, images.y])
+        self.hash = fingerprint([images.hash, images.y])
         self.flip = images.flip
 
     def __len__(self):

@@ -93,6 +93,22 @@ def test_a_network_of_another_task_is_refused():
     task("faces32").check_net(torch.nn.Linear(1, 1))  # one that does not say its size
 
 
+def test_a_teacher_is_a_run_of_its_task_or_a_file(monkeypatch):
+    asked, digits, net = [], task("digits"), dc.UNet()
+    flow = dc.Denoiser(net, dc.Linear(), "flow")
+    monkeypatch.setattr(dc, "load", lambda name, source: asked.append((name, source)) or flow)
+    assert digits.teacher("flow").net is digits.teacher("digits/flow", "shipped").net is net
+    digits.teacher("there/on/disk.safetensors")
+    assert asked == [("digits/flow", "auto"), ("digits/flow", "shipped"), ("there/on/disk.safetensors", "auto")]
+    with pytest.raises(ValueError, match="'faces32/flow' is of another task than digits"):
+        digits.teacher("faces32/flow")
+    with pytest.raises(ValueError, match="the teacher is made for images of"):
+        task("faces32").teacher("flow")
+    monkeypatch.setattr(dc, "load", lambda name, source: torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="a U-Net with its path"):
+        digits.teacher("classifier")
+
+
 def test_judges():
     x = task("faces32").images("held_out").x[:100]
     assert task("faces32").judge(x).valid > 0.85 and task("faces32").features(x).shape == (100, 64)
