@@ -18,9 +18,12 @@ _names = {
     "files": "Files image_folder",
     "real_faces": "celeba",
     "unet": "UNet count_parameters count_macs",
-    "sampling": "Denoiser Grid uniform quadratic cosine logsnr "
-    "trailing leading linspace explicit Solver Euler sample Samples "
-    "NetworkTime",
+    "grids": "Grid uniform quadratic cosine logsnr trailing leading "
+    "linspace explicit",
+    "batches": "",
+    "sampling": "Denoiser Solver Euler sample Samples NetworkTime",
+    "fast": "make_fast",
+    "images": "save_images save_grid",
     "training": "fit Fit",
     "settings": "Settings",
     "averages": "EMA posthoc",

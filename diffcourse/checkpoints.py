@@ -7,13 +7,14 @@ __all__ = ['pack', 'part', 'unpack', 'restore', 'Writer', 'wait', 'is_due', 'hel
            'publish', 'keep', 'point_to', 'snapshot', 'draw', 'snapshots', 'catch_up', 'others', 'tell']
 
 # %% ../nbs/38_checkpoints.ipynb #c4c978ba
-import contextlib, json, math, os, socket, threading, time
+import contextlib, json, os, socket, threading, time
 from pathlib import Path
 
 import torch
 
 from . import runs
 from .identity import differences
+from .images import save_grid
 from .paths import path_from
 
 # %% ../nbs/38_checkpoints.ipynb #c083bd64
@@ -281,16 +282,12 @@ def _as_tensor(kept, step, file):
         ) from e
 
 
-def _as_images(x):  # a grid as 8-bit image, or None
+def _as_images(x):  # in [-1, 1], or None
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         return None
     if not x.is_floating_point():
         return None
-    from torchvision.utils import make_grid
-
-    grid = make_grid((x.float().clamp(-1, 1) + 1) / 2,
-                     nrow=math.ceil(len(x) ** 0.5), padding=1)
-    return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return x.float().nan_to_num(0).clamp(-1, 1)
 
 # %% ../nbs/38_checkpoints.ipynb #99d9b016
 def snapshot(state, callback):
@@ -308,11 +305,9 @@ def snapshot(state, callback):
 # %% ../nbs/38_checkpoints.ipynb #283de997
 def draw(state, kept):
     "Images as a grid: grid-0005000.png; of what is none, nothing."
-    if (pixels := _as_images(kept)) is not None:
-        from PIL import Image
-
+    if (images := _as_images(kept)) is not None:
         name = f"grid-{state.step:07d}.png"
-        Image.fromarray(pixels).save(state.folder / name)
+        save_grid(images, state.folder / name)
 
 
 def snapshots(state) -> dict:  # step -> tensor

@@ -23,7 +23,7 @@ from .playground import _double, _layers, _waves
 from .sampling import Denoiser, Euler, Grid, Noise
 from .sampling import Solver, explicit, uniform
 from .sampling import sample as _sample
-from .training import fast_bf16
+from .fast import make_fast
 from .unet import UNet
 
 # %% ../nbs/07_meanflow.ipynb #1fbae4f7
@@ -409,15 +409,12 @@ def make_pairs(
     precision that does not exist."""
     grid = grid if isinstance(grid, Grid) else explicit(grid)
     _check_pairs(seed, solver, grid, precision)
-    shape = shape or _shape(den.net)
-    seeds, kind = range(seed, seed + n), den.device.type
-    half = precision == "bf16"
-    half |= precision == "auto" and fast_bf16(den.device)
+    shape, den = shape or _shape(den.net), make_fast(den, precision)
+    seeds = range(seed, seed + n)
     noise = Noise(seeds, n, shape, "cpu")()
     start = den.path.sigma(1.0).float() * noise
     options = dict(x=start, batch=batch)
-    with torch.autocast(kind, torch.bfloat16, half):
-        out = _sample(den, shape, solver, grid, seeds, **options)
+    out = _sample(den, shape, solver, grid, seeds, **options)
     return torch.stack([start, out.x.cpu().float()], 1)
 
 # %% ../nbs/07_meanflow.ipynb #e4bd9173

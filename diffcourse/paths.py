@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'as_time', 'expand', 'check_prediction', 'Path', 'Linear', 'VP', 'VPLinear', 'VPCosine', 'VPSigmoid',
-           'VPTable', 'linear_betas', 'cosine_betas', 'sigmoid_betas', 'path_from', 'Prediction']
+           'VPTable', 'linear_betas', 'cosine_betas', 'sigmoid_betas', 'path_from', 'one_time', 'Prediction']
 
 # %% ../nbs/11_paths.ipynb #c2976d00
 import math
@@ -592,6 +592,21 @@ def path_from(
         )
     return kinds[kind](**config)
 
+# %% ../nbs/11_paths.ipynb #1908b889
+def one_time(
+    t,  # float, or a tensor
+):  # -> a float in [0, 1] as it is, all else as `as_time` makes it
+    "A float is looked at without a tensor."
+    return t if type(t) is float and 0 <= t <= 1 else as_time(t)
+
+
+def _exists(v, zero):  # finite, and not 0 unless that is allowed
+    if isinstance(v, float):
+        return math.isfinite(v) and (zero or v != 0)
+    if v.device.type != "cpu":  # a look would stall the device
+        return True
+    return bool((v.isfinite() & (zero | (v != 0))).all())
+
 # %% ../nbs/11_paths.ipynb #7242de28
 class Prediction:
     """One output of a network, seen as any of the five predictions.
@@ -610,18 +625,19 @@ class Prediction:
         predicts: str,  # which of PREDICTIONS that is
         path: Path,  # the path on which x lies
     ):
-        self.x, self.t, self.out, self.path = x, as_time(t), out, path
+        self.x, self.t, self.out, self.path = x, one_time(t), out, path
         self.predicts = check_prediction(predicts)
 
     def _coef(self, name):  # alpha, sigma, dalpha, dsigma, like x
-        return expand(getattr(self.path, name)(self.t), self.x)
+        value = getattr(self.path, name)(self.t)
+        if isinstance(self.t, float):
+            return value.item()
+        return expand(value, self.x)
 
 # %% ../nbs/11_paths.ipynb #57242e7f
 @patch_to(Prediction)
 def _over(self, top, bottom, want):  # top / bottom, where that exists
-    if bottom.device.type != "cpu":  # a look would stall the device
-        return top / bottom
-    if not ((bottom != 0) & bottom.isfinite()).all():
+    if not _exists(bottom, zero=False):
         raise ValueError(
             f"{want} is not determined by {self.predicts!r} at t = "
             f"{self.t} on {self.path}: keep away from that end "
@@ -682,7 +698,7 @@ def flow(self) -> Tensor:
     if self.predicts == "flow":
         return self.out
     da, ds = self._coef("dalpha"), self._coef("dsigma")
-    if da.device.type == "cpu" and not (da + ds).isfinite().all():
+    if not _exists(da + ds, zero=True):
         raise ValueError(
             f"the flow has no value at t = {self.t} on {self.path}: "
             "keep away from that end (start=0.999 or end=0.001 of the "

@@ -12,20 +12,23 @@ import contextlib, math, signal, sys, threading, time
 class Progress:
     "One line that is rewritten: `progress(step, loss, rate)`."
 
-    def __init__(self, name, steps):
-        self.name, self.steps, self.shown = name, steps, -math.inf
+    def __init__(self, name, steps, unit="it"):
+        self.name, self.steps, self.unit = name, steps, unit
+        self.shown = -math.inf
         self.bar = self.handle = self.first = None
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         self.kernel = getattr(shell, "kernel", None) is not None
 
-    def __call__(self, step, loss, rate):
+    def __call__(self, step, loss=None, rate=None):
         now = time.perf_counter()
         if self.first is None:
             self.first, self.bar = (step, now), _new_bar(self, step)
-        if now - self.shown >= 0.5:
+        if now - self.shown >= 0.5 or step == self.steps:
             self.shown = now
-            text = f"loss {float(loss):.4f} · lr {rate:.1e}"
+            text = ""
+            if loss is not None:
+                text = f"loss {float(loss):.4f} · lr {rate:.1e}"
             _rewrite(self, step, now, text)
 
     def close(self):
@@ -39,7 +42,7 @@ def _new_bar(progress, step):  # tqdm's; none in a notebook
     from tqdm import tqdm
 
     return tqdm(total=progress.steps, initial=step, leave=False,
-                desc=progress.name, disable=None)
+                desc=progress.name, unit=progress.unit, disable=None)
 
 
 def _rewrite(progress, step, now, text):
@@ -48,11 +51,12 @@ def _rewrite(progress, step, now, text):
         progress.bar.set_postfix_str(text)
         return
     first, begin = progress.first
-    line = f"{step}/{progress.steps} · {text}"
+    line = f"{step}/{progress.steps}" + (f" · {text}" if text else "")
     if step > first:
         speed = (step - first) / (now - begin)
         left = (progress.steps - step) / speed
-        line += f" · {speed:.1f} it/s · {left:.0f} s left"
+        line += f" · {speed:.1f} {progress.unit}/s"
+        line += f" · {left:.0f} s left"
     say(progress, line)
 
 # %% ../nbs/40_progress.ipynb #1d8b15f6

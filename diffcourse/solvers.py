@@ -123,9 +123,9 @@ def _lam(path, t):  # -> float, -inf or inf at the ends
     return float(path.lam(t))
 
 
-def _first(guess, path, s):  # DDIM: right at alpha = 0 and sigma = 0
+def _first(x0, eps, path, s):  # DDIM: right at alpha = 0 and sigma = 0
     a, b = float(path.alpha(s)), float(path.sigma(s))
-    return a * guess.x0 + b * guess.eps
+    return a * x0 + b * eps
 
 # %% ../nbs/05_solvers.ipynb #6def9439
 class DPMSolver(Solver):
@@ -201,16 +201,17 @@ def step(self, den: Denoiser, x, t, s, noise):
     path, order = den.path, self._next()
     times, r, h = _inside(path, t, s, order - 1)
     guess = den(x, t)
-    eps, out = guess.eps, _first(guess, path, s)
+    x0, eps = guess.x0, guess.eps
+    out = _first(x0, eps, path, s)
     if not times:
         return out
     b, first = float(path.sigma(s)), times[0]
-    d = den.eps(_first(guess, path, first), first) - eps
+    d = den.eps(_first(x0, eps, path, first), first) - eps
     if len(times) == 1:
         return out - b * math.expm1(h) / (2 * r[0]) * d
     second, inner = times[1], r[1] * h
     c = float(path.sigma(second)) * r[1] / r[0]
-    u = _first(guess, path, second)
+    u = _first(x0, eps, path, second)
     u = u - c * (math.expm1(inner) / inner - 1) * d
     d = den.eps(u, second) - eps
     return out - b / r[1] * (math.expm1(h) / h - 1) * d
@@ -280,8 +281,9 @@ def step(self, den: Denoiser, x, t, s, noise):
         self.reset()
     path, guess = den.path, den(x, t)
     here, there = _lam(path, t), _lam(path, s)
-    past = [(here, guess.x0), *self._past][: self.order]
-    out, self._at = _first(guess, path, s), s
+    x0 = guess.x0
+    past = [(here, x0), *self._past][: self.order]
+    out, self._at = _first(x0, guess.eps, path, s), s
     if not math.isfinite(here):
         return out
     self._past = past

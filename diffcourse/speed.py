@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'Option', 'Speed', 'Speeds', 'speed']
 
 # %% ../nbs/21_speed.ipynb #5f2f5128
-import copy, statistics
+import copy, statistics, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from . import runs
+from .fast import Fast
 from .flow_matching import FlowMatching
 from .paths import Linear, patch_to
 from .records import Table
 from .sampling import Denoiser, Euler, sample, uniform
+from .settings import fast_bf16
 from .timing import environment
-from .training import fast_bf16
 
 # %% ../nbs/21_speed.ipynb #90a1c35a
 def _timed(work, repeats, device):  # -> first run, median of the rest
@@ -58,24 +59,8 @@ def _tf32(on: bool):
             setattr(p, name, value)
 
 # %% ../nbs/21_speed.ipynb #a492dba2
-class _Half(nn.Module):  # products in bf16
-    def __init__(self, net, x, t):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, t):
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.net(x, t)
-
-
-class _ChannelsLast(nn.Module):  # the channels of a pixel together
-    def __init__(self, net, x, t):
-        super().__init__()
-        self.net = net.to(memory_format=torch.channels_last)
-
-    def forward(self, x, t):
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.net(x, t)
+def _fast(net, x, t, **how):
+    return Fast(net, **how)
 
 # %% ../nbs/21_speed.ipynb #e5954b29
 def _captured(work, warm_up: int = 3) -> Callable:
@@ -136,18 +121,16 @@ class Option:
     refuses: Callable = lambda device, shape: ""  # why it cannot be had
 
 # %% ../nbs/21_speed.ipynb #23b2879d
-def _compiled(net, x, t):
-    return torch.compile(net)
-
-
 OPTIONS = {
     "float32": Option(),
     "TF32": Option(
         around=partial(_tf32, True), refuses=partial(_on_cuda, 8)
     ),
-    "bf16": Option(_Half),
-    "channels-last": Option(_ChannelsLast, refuses=_on_images),
-    "compile": Option(_compiled),
+    "bf16": Option(partial(_fast, precision="bf16")),
+    "channels-last": Option(
+        partial(_fast, channels_last=True), refuses=_on_images
+    ),
+    "compile": Option(partial(_fast, compile=True)),
     "CUDA graph": Option(
         _Graph, _captured, refuses=partial(_on_cuda, 7)
     ),
@@ -281,7 +264,9 @@ def _row(name, why, net, x, t, settings, plain=None):
     if why:
         return row, out
     try:
-        row, out = _measure(name, net, x, t, **settings)
+        with warnings.catch_warnings():  # it would time the plain one
+            warnings.filterwarnings("error", "torch.compile failed")
+            row, out = _measure(name, net, x, t, **settings)
     except Exception as e:  # a compiler, memory, a kernel: many kinds
         said = (str(e).splitlines() or [""])[0][:80]
         row.note = f"failed: {type(e).__name__}: {said}"

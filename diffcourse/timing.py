@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .fast import Fast, plain_net
 from .sampling import Denoiser, Euler, Grid, Samples, Solver
 from .sampling import sample, uniform
 from .unet import count_macs, count_parameters
@@ -92,7 +93,7 @@ def environment(
 
 # %% ../nbs/34_timing.ipynb #40a0de60
 def measure(
-    den: Denoiser,  # its network is a module
+    den: Denoiser,  # its network is a module; make_fast(den) too
     shape: tuple,  # of ONE sample: (1, 8, 8)
     solver: Solver = Euler(),
     grid: Grid = uniform(10),
@@ -107,13 +108,15 @@ def measure(
         for k in range(repeats + 1)
     ]
     seconds = statistics.median(o.seconds for o in outs[1:])
+    net, of_net = den.net, plain_net(den)
+    kind = str(next(of_net.parameters()).dtype).removeprefix("torch.")
     return Timing(
         1e3 * seconds / batch,
         outs[0].nfe,
         batch,
         _peak_mb(den.device),
-        count_parameters(den.net),
-        count_macs(den.net, shape),
-        str(next(den.net.parameters()).dtype).removeprefix("torch."),
+        count_parameters(of_net),
+        count_macs(of_net, shape),
+        net.precision if isinstance(net, Fast) else kind,
         environment(den.device)["device"],
     )

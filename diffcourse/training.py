@@ -18,11 +18,12 @@ from . import checkpoints, runs
 from .averages import EMA
 from .data import Samples, as_data
 from .draws import DROPOUT, Draws, flip, plan
+from .fast import compiled
 from .identity import fingerprint, identify
+from .images import preview
 from .progress import Progress, interruptible, say
-from .sampling import preview
-from .settings import Settings, autocast, fast_bf16
-from .settings import kernels, lacks, learning_rate
+from .settings import Settings, autocast, choose
+from .settings import kernels, learning_rate
 
 # %% ../nbs/15_training.ipynb #4277b73a
 class _State:  # a training at one moment: what must survive a kill
@@ -154,7 +155,8 @@ def _batches(data, s, start, device):  # -> (B, …), where they are used
 # %% ../nbs/15_training.ipynb #d61868a3
 def _train(loss, state, data, acc, progress, how):
     s, writer = state.s, checkpoints.Writer()
-    method = _compiled(acc.prepare(_Method(state.net.train(), loss)), s)
+    method = acc.prepare(_Method(state.net.train(), loss))
+    method = compiled(method) if s.compile else method
     last = saved = time.perf_counter()
     with _careful(state, progress, writer) as asked:
         for x in _batches(data, s, state.step, acc.device):
@@ -227,29 +229,6 @@ _STOPPED = (
     "(torch.manual_seed before it is made)"
 )
 
-# %% ../nbs/15_training.ipynb #161a992d
-def _compiled(method, s):  # -> something to call in its place
-    if not s.compile:
-        return method
-    fast, works = torch.compile(method), []
-
-    def call(*args):
-        if works == [False]:
-            return method(*args)
-        try:
-            out = fast(*args)
-            works[:] = [True]
-            return out
-        except Exception as e:
-            if works:  # it has worked: this is another fault
-                raise
-            print("torch.compile failed, going on without it: "
-                  f"{type(e).__name__}: {str(e).splitlines()[:1]}")
-            works[:] = [False]
-            return method(*args)
-
-    return call
-
 # %% ../nbs/15_training.ipynb #467ff14c
 def run_identity(
     loss, net, data, s: Settings
@@ -271,12 +250,8 @@ def _prepare(steps, settings, data, acc):  # -> all three, resolved
     if len(data) == 0:
         raise ValueError(f"the data set {data.name} is empty")
     acc = _single(acc)
-    if s.precision == "auto":
-        name = "bf16" if fast_bf16(acc.device) else "fp32"
-        s = dataclasses.replace(s, precision=name)
-    if why := lacks(s.precision, acc.device):
-        raise ValueError(why)
-    return s, data, acc
+    precision = choose(s.precision, acc.device)
+    return dataclasses.replace(s, precision=precision), data, acc
 
 # %% ../nbs/15_training.ipynb #20516ee8
 def _single(acc):  # an Accelerator that adds nothing of its own
