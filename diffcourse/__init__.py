@@ -55,6 +55,9 @@ _names |= {
     "faces_judge": "FaceJudge FaceScore judge_faces",
     "speed": "",
     "plotting": "",
+    "style": "",
+    "image_grids": "",
+    "sliders": "",
     "runs": "home",
 }
 
