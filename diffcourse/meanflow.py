@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from . import runs
+from .fast import make_fast
 from .paths import Linear, Path, as_time, expand, patch_to
 from .playground import GaussianMixture
 from .playground import _double, _layers, _waves
 from .sampling import Denoiser, Euler, Grid, Noise
 from .sampling import Solver, explicit, uniform
 from .sampling import sample as _sample
-from .fast import make_fast
 from .unet import UNet
 
 # %% ../nbs/07_meanflow.ipynb #1fbae4f7
