@@ -53,7 +53,7 @@ class Fast(nn.Module):
         self.channels_last, self.compiles = channels_last, compile
         self.training = getattr(net, "training", False)
         self._quick = None
-        if channels_last:
+        if channels_last and isinstance(net, nn.Module):
             net.to(memory_format=torch.channels_last)
 
     def forward(self, x, *times):
@@ -81,7 +81,7 @@ def __getstate__(self):  # what a copy takes over
 # %% ../nbs/46_fast.ipynb #69f6f5ff
 def make_fast(
     den: Denoiser,  # any network: U-Net, MLP, student
-    precision: str = "auto",  # "fp32", "bf16", "fp16"; auto: what is fast
+    precision: str = "auto",  # "fp32", "bf16", "fp16"; auto: the fast
     channels_last: bool = False,  # the layout that tensor cores like
     compile: bool = False,  # torch.compile: minutes first, then faster
 ) -> Denoiser:  # a copy, whose nfe begins at 0

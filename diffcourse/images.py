@@ -43,7 +43,7 @@ def _pixels(x):  # -> (n, C, H, W) uint8 on the CPU
         )
     return pixels
 
-
+# %% ../nbs/47_images.ipynb #363bc77d
 def _png(pixels):  # (C, H, W) uint8 -> the bytes of a file
     from PIL import Image
 
@@ -90,7 +90,7 @@ def tiled(
         sheet[:, top : top + h, left : left + w] = image
     return sheet
 
-
+# %% ../nbs/47_images.ipynb #e58546cc
 def save_grid(
     x: Tensor,  # (n, C, H, W) images in [-1, 1], C = 1 or 3
     file,  # such as "samples.png"

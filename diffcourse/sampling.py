@@ -225,7 +225,8 @@ class _LookedUp:
     "Stands before a kind of path: its numbers, from a table."
 
     def _number(self, name, t):
-        table, number = self._tables.get(name), getattr(self._path, name)
+        number = getattr(self._path, name)
+        table = self._tables.get(name)
         if table is None:
             table = _tabulated(number, self._times)
             self._tables[name] = table
@@ -427,21 +428,18 @@ def sample(
     batch: int | None = None,  # samples at once; None: what fits
     progress: bool = True,  # a line on long work
 ) -> Samples:
-    """Solve from noise to data.
-
-    With one seed a sample, sample j depends on seeds[j] alone.
+    """Solve from noise to data; sample j depends on seeds[j] alone.
 
     Raises: ValueError, TypeError for what does not fit together;
-    OutOfMemoryError when not even one sample fits into memory.
-    """
+    OutOfMemoryError when not even one sample fits into memory."""
     grid = _check_rule(solver, final, grid)
     n, seeds = _count(seeds, n, x)
     _check_shapes(seeds, n, x, shape, batch)
     times, begin = grid.times(den.path), runs.clock(den.device)
     solve = partial(_solve, den, solver, times, final, trajectory)
+    how = shape, seeds, n, x, batch, progress
     with _ready(den, times):
-        own = shape, seeds, n, x, batch, progress
-        states, nfe = _in_batches(solve, den, *own)
+        states, nfe = _in_batches(solve, den, *how)
     seconds = runs.clock(den.device) - begin
     kept = states if trajectory else None
     return Samples(states[-1], nfe, seconds, times, kept)

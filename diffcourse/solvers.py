@@ -280,8 +280,7 @@ def step(self, den: Denoiser, x, t, s, noise):
     if self._at != t:
         self.reset()
     path, guess = den.path, den(x, t)
-    here, there = _lam(path, t), _lam(path, s)
-    x0 = guess.x0
+    x0, here, there = guess.x0, _lam(path, t), _lam(path, s)
     past = [(here, x0), *self._past][: self.order]
     out, self._at = _first(x0, guess.eps, path, s), s
     if not math.isfinite(here):

@@ -161,9 +161,8 @@ def _train(loss, state, data, acc, progress, how):
     with _careful(state, progress, writer) as asked:
         for x in _batches(data, s, state.step, acc.device):
             value = _iterate(method, state, x, data.flip, acc)
-            progress(
-                state.step, value, learning_rate(state.step - 1, s)
-            )
+            rate = learning_rate(state.step - 1, s)
+            progress(state.step, value, rate)
             now, done = time.perf_counter(), state.step == s.steps
             state.seconds, last = state.seconds + now - last, now
             if done or state.step % s.log_every == 0:

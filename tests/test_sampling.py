@@ -9,6 +9,7 @@ from diffcourse.sampling import (
     Euler,
     NetworkTime,
     Noise,
+    _looked_up,
     cosine,
     explicit,
     logsnr,
@@ -182,3 +183,75 @@ def test_network_time_counts_the_network_alone():
         out = sample(Denoiser(net, Linear(), "flow"), (1, 8, 8), seeds=range(4))
     assert 0 < inside.seconds < out.seconds
     assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("path", [Linear(), VP.linear(), VP.cosine(), VP.cosine(0.008), VP.sigmoid(), VP.table(linear_betas(10))], ids=repr)
+def test_numbers_of_a_path_from_a_table(path):
+    times = trailing(5, 10).times(path)
+    table = _looked_up(path, times)
+    assert isinstance(table, type(path)) and repr(table) == repr(path) and table.config() == path.config()
+    for name in ("alpha", "sigma", "dalpha", "dsigma", "lam", "dlam"):
+        for t in (*times.tolist(), 0.5, torch.tensor(0.4), torch.tensor([0.2, 1.0])):
+            try:
+                want = getattr(path, name)(t)
+            except ValueError as e:
+                with pytest.raises(ValueError, match=str(e)[:20]):
+                    getattr(table, name)(t)
+                continue
+            got = getattr(table, name)(t)
+            assert got.dtype == want.dtype and torch.allclose(got, want, rtol=1e-14, atol=1e-15, equal_nan=True)
+            if isinstance(t, float):
+                got.mul_(3)  # what is done with a number stays outside of the table
+            assert torch.allclose(getattr(table, name)(t), want, rtol=1e-14, atol=1e-15, equal_nan=True)
+    with pytest.raises(ValueError, match="outside"):
+        table.alpha(1.5)
+    assert vars(table).keys() - vars(path).keys() == {"_path", "_times", "_tables"}
+
+
+def test_a_path_of_ones_own_that_takes_no_list_of_times():
+    class Own(Linear):
+        def sigma(self, t):
+            return torch.tensor(float(t), dtype=torch.float64)
+
+        def dsigma(self, t):
+            return torch.tensor(1.0)
+
+    x = torch.ones(3, 1)
+    own, plain = (sample(Denoiser(lambda x, t: x / 2, p, "v"), (1,), grid=uniform(4, 0.9, 0.1), x=x).x for p in (Own(), Linear()))
+    assert torch.allclose(own, plain)
+
+
+def test_a_denoiser_is_after_a_sampling_what_it_was():
+    path = VP.cosine()
+    for fails in (False, True):
+        def net(x, t):
+            if fails:
+                raise RuntimeError("stop")
+            return x
+
+        den = Denoiser(net, path, "v")
+        before = vars(den) | {"nfe": 0}
+        try:
+            sample(den, (1,), n=2)
+        except RuntimeError:
+            assert fails
+        assert den.path is path and vars(den) | {"nfe": 0} == before | {"_weights": None}
+
+
+def test_weights_that_become_half_between_two_samplings():
+    net = UNet(size=4, base=8, heads=2)
+    den, seen = Denoiser(net, Linear(), "flow"), []
+    net.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    sample(den, (1, 4, 4), n=1, grid=uniform(1))
+    net.bfloat16()
+    out = sample(den, (1, 4, 4), n=1, grid=uniform(1))
+    assert seen == [torch.float32, torch.bfloat16] and out.x.dtype == torch.float32
+
+
+def test_one_time_for_all_or_one_each_is_the_same():
+    for path in (Linear(), VP.cosine(), VP.sigmoid()):
+        for predicts in ("eps", "x0", "v", "flow", "score"):
+            den, x = Denoiser(lambda x, t: torch.sin(x) * (1 + t[:, None]), path, predicts), torch.randn(4, 2, dtype=torch.float64)
+            for want in ("eps", "x0", "v", "flow", "score"):
+                one, each = (getattr(den(x, t), want) for t in (0.3, torch.full((4,), 0.3, dtype=torch.float64)))
+                assert torch.allclose(one, each, rtol=1e-12)
