@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import runs
 from .paths import patch_to
+from .identity import fingerprint
 from .pictures import pictures
 
 # %% ../nbs/33_inception.ipynb #a639d916
@@ -159,7 +160,7 @@ def _check_protocol(found, protocol, where):
 def _place(images, protocol, cache):  # the file of a set
     folder = runs.home() / "features" if cache is None else Path(cache)
     name = re.sub(r"[^\w-]+", "-", images.name).strip("-") or "images"
-    how = runs.fingerprint(protocol)[:8]
+    how = fingerprint(protocol)[:8]
     return folder / f"{name}-{images.hash[:12]}-{how}.safetensors"
 
 
