@@ -36,8 +36,8 @@ results: env  ## make the records that are missing or out of date in diffcourse/
 poster: env  ## draw the summary of the records: build/poster.svg and build/poster.png
 	@.venv/bin/python -m diffcourse.leaderboard build/poster
 
-weights: env  ## publish the trained runs of build/digits as the package's weights
-	@$(RUN) weights
+weights: env  ## publish the trained runs of build/digits as the package's weights (NAME=faces32/flow: that of a recipe)
+	@$(RUN) weights "$(NAME)"
 
 serve:  ## show build/site at http://localhost:8000 (PORT=)
 	@test -f build/site/index.html || { echo "make serve: there is no site yet: make book"; exit 1; }

@@ -79,12 +79,12 @@ def strings(nb: str, loaded: bool = False) -> set[str]:
 
 
 def run_names(nodes) -> set[str]:
-    """The texts among these nodes; task.run("flow") counts as the name of the run on the digits, "digits/flow"."""
+    """The texts among these nodes; task.run("flow") and task.teacher(other or "flow") count as "digits/flow", the name on the digits."""
     nodes = [*nodes]
     pieces = {piece for n in nodes if isinstance(n, ast.JoinedStr) for piece in n.values}
-    asked = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "run"
-             and getattr(n.func.value, "id", "") == "task" and n.args]
-    ends = [n.args[0] for n in asked if isinstance(n.args[0], ast.Constant)]
+    asked = [n.args[0] for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.args
+             and n.func.attr in ("run", "teacher") and getattr(n.func.value, "id", "") == "task"]
+    ends = [n for name in asked for n in ast.walk(name) if isinstance(n, ast.Constant) and n not in pieces]
     names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in pieces and n not in ends}
     return names | {f"digits/{n.value}" for n in ends}
 
@@ -418,26 +418,29 @@ def tensors(safetensors: bytes) -> bytes:
     return safetensors[8 + int.from_bytes(safetensors[:8], "little"):]
 
 
-def weights() -> None:
-    """Publish the newest digits runs of the names in SHIPPED as the weights of the package."""
-    folder = ROOT / PACKAGE / "weights"
-    old = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else {}
-    index = {name: entry for name, entry in old.items() if name not in SHIPPED}    # made elsewhere, such as faces32/judge
+def weights(name: str = "") -> None:
+    """Publish runs as the weights of the package: the newest of the names in SHIPPED, or the one that a recipe trained."""
     for nb in notebooks():
-        if makes(nb) & {*SHIPPED} and (why := stale(nb, "digits")):
+        if not name and makes(nb) & {*SHIPPED} and (why := stale(nb, "digits")):
             stop(f"weights: {nb} is out of date ({why}): make book")
-    for name in SHIPPED:
-        runs = ROOT / "build" / "digits" / "runs" / name
-        if not (runs / "latest.json").exists():
-            stop(f"weights: there is no run {name} in {runs.parent}: make book")
-        data = (runs / json.loads((runs / "latest.json").read_text())["identity"] / "model.safetensors").read_bytes()
-        index[name] = {"file": name.replace("/", "-") + ".safetensors", "sha256": digest(data)}
-        folder.mkdir(exist_ok=True)
-        file = folder / index[name]["file"]
-        if file.exists() and tensors(file.read_bytes()) == tensors(data):
-            index[name]["sha256"] = digest(file.read_bytes())
-            print(f"{name}: the same weights, left as they are")
-            continue
+    for one in [name] if name else SHIPPED:
+        publish(one)
+
+
+def publish(name: str) -> None:
+    """Copy the newest run of this name into the package, unless the same weights are there."""
+    runs, folder = ROOT / "build" / "digits" / "runs" / name, ROOT / PACKAGE / "weights"
+    if not (runs / "latest.json").exists():
+        stop(f"weights: there is no run {name} in {runs.parent}: make book, or train it by its recipe in configs")
+    data = (runs / json.loads((runs / "latest.json").read_text())["identity"] / "model.safetensors").read_bytes()
+    index = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else {}
+    index[name] = {"file": name.replace("/", "-") + ".safetensors", "sha256": digest(data)}
+    folder.mkdir(exist_ok=True)
+    file = folder / index[name]["file"]
+    if file.exists() and tensors(file.read_bytes()) == tensors(data):
+        index[name]["sha256"] = digest(file.read_bytes())
+        print(f"{name}: the same weights, left as they are")
+    else:
         file.write_bytes(data)
         print(f"{name}: {len(data) / 1e6:.2f} MB, sha256 {index[name]['sha256'][:12]}…")
     write(folder / "index.json", json.dumps(index, indent=1) + "\n")
@@ -455,7 +458,7 @@ def find(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["book", "smoke", "nb", "status", "sync", "site", "weights"])
-    parser.add_argument("name", nargs="?", default="", help="the notebook of nb, the scale of site and status (digits, smoke)")
+    parser.add_argument("name", nargs="?", default="", help="the notebook of nb, the scale of site and status (digits, smoke), the run of weights")
     parser.add_argument("--check", action="store_true", help="sync: an error if anything had to change")
     parser.add_argument("--force", action="store_true", help="run what is up to date too")
     given = parser.parse_args()
@@ -465,7 +468,7 @@ def main() -> None:
     if given.what == "sync":
         return sync(given.check)
     if given.what == "weights":
-        return weights()
+        return weights(given.name)
     if given.what == "status":
         return print("\n".join(f"{nb}: {stale(nb, scale) or 'fresh'}" for nb in notebooks()))
     if given.what != "site":

@@ -11,8 +11,10 @@ import difflib, hashlib, importlib, json, pathlib
 
 # %% ../nbs/10_diffcourse.ipynb #5de70813
 _names = {
-    "paths": "Path VP Linear Prediction PREDICTIONS path_from "
-    "linear_betas cosine_betas sigmoid_betas",
+    "path": "Path PREDICTIONS",
+    "predictions": "Prediction",
+    "tables": "linear_betas",
+    "paths": "VP Linear path_from cosine_betas sigmoid_betas",
     "data": "Images as_data digits mnist5k mnist fashion_mnist cifar10",
     "store": "Store open_store prepare",
     "files": "Files image_folder",
@@ -47,7 +49,8 @@ _names |= {
     "WithFake make_pairs trainable",
     "leaderboard": "",
     "evaluation": "DigitClassifier score Score fd kid",
-    "inception": "fid",
+    "inception": "fid Fidelity",
+    "pictures": "",
     "timing": "measure NetworkTime",
     "records": "read_records",
     "experiments": "",
@@ -56,6 +59,9 @@ _names |= {
     "faces_judge": "FaceJudge FaceScore judge_faces",
     "speed": "",
     "plotting": "",
+    "style": "",
+    "image_grids": "",
+    "sliders": "",
     "runs": "home",
 }
 

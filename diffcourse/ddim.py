@@ -6,7 +6,6 @@
 __all__ = ['DDIM', 'invert', 'slerp']
 
 # %% ../nbs/03_ddim.ipynb #b456a4e3
-import time
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from .ddpm import posterior
 from .paths import expand, patch_to
+from .runs import clock
 from .sampling import Denoiser, Grid, Samples, Solver
-from .sampling import _evaluating, _now, _solve
+from .sampling import _evaluating, _solve
 from .sampling import explicit, uniform
 
 # %% ../nbs/03_ddim.ipynb #0b4d6a5a
@@ -85,11 +85,11 @@ def invert(
     """
     grid = grid if isinstance(grid, Grid) else explicit(grid)
     times = grid.times(den.path).flip(0)
-    before, begin = den.nfe, time.perf_counter()
+    before, begin = den.nfe, clock(den.device)
     x = x.to(den.device)
     with _evaluating(den.net):
         states = _solve(den, DDIM(), times, "stop", trajectory, None, x)
-    seconds, nfe = _now(den.device) - begin, den.nfe - before
+    seconds, nfe = clock(den.device) - begin, den.nfe - before
     kept = states if trajectory else None
     return Samples(states[-1], nfe, seconds, times, kept)
 

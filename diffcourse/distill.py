@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .paths import Path, Prediction, expand, patch_to
-from .runs import fingerprint
 from .sampling import Denoiser
 from .training import Fit, fit
 from .unet import UNet, count_macs
@@ -215,20 +214,6 @@ def _check_distillation(own):
             f"a teacher that predicts {own.predicts!r} knows no x0 at "
             "t = 1, where its first step begins: take v, x0 or flow"
         )
-
-# %% ../nbs/06_distill.ipynb #84826f45
-@patch_to(Distillation)
-def config(self) -> dict:
-    "What this loss is, with the hash of the teacher's weights."
-    own = {k: v for k, v in vars(self).items() if k != "teacher"}
-    own["path"] = self.path.config()
-    state = getattr(self.teacher.net, "state_dict", dict)()
-    if not state:
-        raise TypeError(
-            "the teacher has no weights, by which `fit` tells this "
-            "training from another: a module that has some is needed"
-        )
-    return own | {"teacher": fingerprint(dict(state))}
 
 # %% ../nbs/06_distill.ipynb #d0851d9f
 @patch_to(Distillation)

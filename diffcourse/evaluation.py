@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import runs
 from .data import digits
+from .identity import fingerprint
 from .paths import patch_to
 
 # %% ../nbs/16_evaluation.ipynb #9442c2a9
@@ -62,21 +63,30 @@ def forward(self, x: Tensor) -> Tensor:  # -> (B, 10)
 
 # %% ../nbs/16_evaluation.ipynb #197dc459
 class Labelled:
-    "Images with their labels as a second channel, for `fit`."
+    """Images with their labels as one more channel, for `fit`.
 
-    flip, streamed = False, False
+    Raises: ValueError for more labels than an image has rows."""
 
-    def __init__(self, images):
+    streamed = False
+
+    def __init__(self, images):  # with labels y, (N,) or (N, k)
+        many, rows = images.y[:1].numel(), images.shape[1]
+        if many > rows:
+            raise ValueError(f"{many} labels an image, {rows} rows")
         self.images, self.name = images, f"{images.name}, labelled"
-        self.hash = runs.fingerprint([images.hash, images.y])
+        self.hash = fingerprint([images.hash, images.y])
+        self.flip = images.flip
 
     def __len__(self):
         return len(self.images)
 
-    def batch(self, indices):  # (B, 2, H, W)
+    def batch(self, indices):  # (B, C + 1, H, W)
         x = self.images.batch(indices)
         y = self.images.y[torch.as_tensor(indices)].to(x.dtype)
-        return torch.cat([x, y.reshape(-1, 1, 1, 1).expand_as(x)], 1)
+        rows = y.reshape(len(x), -1)
+        rows = F.pad(rows, (0, x.shape[2] - rows.shape[1]))
+        plane = rows[:, None, :, None].expand(-1, 1, -1, x.shape[3])
+        return torch.cat([x, plane], 1)
 
 # %% ../nbs/16_evaluation.ipynb #6a138fd5
 @dataclass
@@ -303,6 +313,10 @@ class Score:
     @property
     def ratio(self) -> float:
         return self.fd / self.floor
+
+    @property
+    def headline(self) -> str:  # for a cell of a table
+        return f"{self.ratio:.2f} F"
 
     def __str__(self):
         return (

@@ -479,7 +479,7 @@ def poster(
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
-    from diffcourse.plotting import _done, _style
+    from diffcourse.style import _done, _style
 
     file = Path(file)
     own = {"axes.labelsize": 15, "svg.hashsalt": "diffcourse"}

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from . import runs
+from .fast import make_fast
 from .paths import Linear, Path, as_time, expand, patch_to
 from .playground import GaussianMixture
 from .playground import _double, _layers, _waves
 from .sampling import Denoiser, Euler, Grid, Noise
 from .sampling import Solver, explicit, uniform
 from .sampling import sample as _sample
-from .fast import make_fast
 from .unet import UNet
 
 # %% ../nbs/07_meanflow.ipynb #1fbae4f7
@@ -538,11 +538,6 @@ class DistributionMatching:
         self.teacher = own.requires_grad_(False).eval()
         self.anchor, self.c = anchor, c
         self.low, self.high = low, high
-
-    def config(self) -> dict:
-        own = {k: v for k, v in vars(self).items() if k != "teacher"}
-        weights = dict(self.teacher.state_dict())
-        return {**own, "teacher": runs.fingerprint(weights)}
 
 # %% ../nbs/07_meanflow.ipynb #823f0e0f
 @patch_to(DistributionMatching)

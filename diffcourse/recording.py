@@ -7,7 +7,8 @@ __all__ = ['UNTRAINED', 'train', 'second_judge', 'run_row', 'run_floor', 'run_co
            'main']
 
 # %% ../nbs/32_recording.ipynb #fc77524b
-import argparse, json, multiprocessing, os, statistics, time
+import argparse, hashlib, json, multiprocessing, os
+import statistics, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
@@ -29,6 +30,7 @@ from .evaluation import results_folder, score, to_bytes
 from .experiments import Recipe, Row, command, identity
 from .experiments import judged_twice, key, lineage, made_by
 from .experiments import solver_of
+from .identity import fingerprint
 from .meanflow import make_pairs
 from .paths import VP
 from .records import Records, read_records, versions
@@ -84,7 +86,7 @@ def _student(recipe, seed, steps):  # -> loss, network, data, settings
 # %% ../nbs/32_recording.ipynb #f1d7584b
 def _pairs(den, seed, steps):  # made once for each teacher
     how = PAIRS if steps is None else PAIRS | {"n": 64}
-    name = runs.fingerprint([dict(den.net.state_dict()), str(how)])
+    name = fingerprint([dict(den.net.state_dict()), how])
     file = runs.home() / "runs/results" / f"pairs-{name}.safetensors"
     with _lock(f"pairs-{seed}"):
         if not file.exists():
@@ -151,7 +153,12 @@ def _second_real():
 
 @cache
 def _second_hash():
-    return runs.fingerprint(dict(second_judge().state_dict()))
+    said = {}  # of each weight: its type, its shape, its bytes
+    for name, w in second_judge().state_dict().items():
+        digest = hashlib.sha256(w.numpy().tobytes()).hexdigest()
+        said[name] = [str(w.dtype), [*w.shape], digest]
+    text = json.dumps(said, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../nbs/32_recording.ipynb #bc04678d
 def _record(experiment, model, value, made, device="cpu"):

@@ -8,7 +8,6 @@ __all__ = ['Denoiser', 'Solver', 'Euler', 'Noise', 'Samples', 'sample']
 # %% ../nbs/14_sampling.ipynb #67a99b98
 import numbers
 import operator
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -377,13 +376,6 @@ def _check_shapes(seeds, n, x, shape, batch):
             "batch= needs one seed a sample: seeds=range(n)"
         )
 
-# %% ../nbs/14_sampling.ipynb #b48ac8b2
-def _now(device):
-    "The time in seconds, when the device has done its work."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
 # %% ../nbs/14_sampling.ipynb #61ddc01b
 @torch.no_grad()
 def sample(
@@ -406,11 +398,11 @@ def sample(
     grid = _check_rule(solver, final, grid)
     n, seeds = _count(seeds, n, x)
     _check_shapes(seeds, n, x, shape, batch)
-    times, begin = grid.times(den.path), time.perf_counter()
+    times, begin = grid.times(den.path), runs.clock(den.device)
     solve = partial(_solve, den, solver, times, final, trajectory)
     how = shape, seeds, n, x, batch, progress
     with _ready(den, times):
         states, nfe = _in_batches(solve, den, *how)
-    seconds = _now(den.device) - begin
+    seconds = runs.clock(den.device) - begin
     kept = states if trajectory else None
     return Samples(states[-1], nfe, seconds, times, kept)

@@ -26,21 +26,12 @@ from .settings import fast_bf16
 from .timing import environment
 
 # %% ../nbs/21_speed.ipynb #90a1c35a
-def _clock(device):
-    "The time in seconds, when the device has done its work."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
-
-
 def _timed(work, repeats, device):  # -> first run, median of the rest
     seconds = []
     for _ in range(repeats + 1):
-        begin = _clock(device)
+        begin = runs.clock(device)
         work()
-        seconds.append(_clock(device) - begin)
+        seconds.append(runs.clock(device) - begin)
     return seconds[0], statistics.median(seconds[1:])
 
 # %% ../nbs/21_speed.ipynb #e8542597
@@ -188,20 +179,21 @@ def _measure(name, net, x, t, steps, train, repeats):  # -> row, output
         before = torch.cuda.memory_allocated(device)
     net = copy.deepcopy(net).to(device).eval()
     with option.around():
-        begin = _clock(device)
+        begin = runs.clock(device)
         fast = option.net(net, x, t).eval()
         den = Denoiser(fast, Linear(), "flow")
         own = Euler(), uniform(steps), 0, len(x)
-        row.setup = _clock(device) - begin
+        row.setup = runs.clock(device) - begin
         work = partial(sample, den, shape, *own)
         first, row.seconds = _timed(work, repeats, device)
         row.setup += first
         with torch.no_grad():
             out = fast(x, t).float()
         if train:
-            begin, recorded = _clock(device), option.work is _captured
+            begin = runs.clock(device)
+            recorded = option.work is _captured
             work = option.work(_iteration(fast, x, recorded))
-            row.setup += _clock(device) - begin
+            row.setup += runs.clock(device) - begin
             first, row.training = _timed(work, repeats, device)
             row.setup += first
     if cuda:

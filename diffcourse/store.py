@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'KEYS', 'scaled', 'Store', 'open_store', 'prepare']
 
 # %% ../nbs/27_store.ipynb #39795818
-import errno, json, os, shutil, time, warnings
+import errno, json, os, re, shutil, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -234,7 +234,8 @@ def _attempt(source, i):        # pixels, side, or why there are none
         gone = not os.path.exists(source.where)
         if gone or getattr(error, "errno", None) in _LOST:
             raise               # the disk's fault, not the image's
-        text = " ".join(str(error).split()) or "cannot be read"
+        text = re.sub(r" <_io.* at 0x\w+>", "", str(error))
+        text = " ".join(text.split()) or "cannot be read"
         return None, None, f"{type(error).__name__}: {text}"
 
 def _decoded(source, start=0, size=1024):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from . import runs
 from .fast import Fast, plain_net
 from .sampling import Denoiser, Euler, Grid, Samples, Solver
-from .sampling import _now, sample, uniform
+from .sampling import sample, uniform
 from .unet import count_macs, count_parameters
 
 # %% ../nbs/34_timing.ipynb #f0f4e238
@@ -132,7 +133,7 @@ class NetworkTime:
         self.net, self.seconds = net, 0.0
 
     def _look(self):
-        return _now(next(self.net.parameters()).device)
+        return runs.clock(next(self.net.parameters()).device)
 
     def _start(self, *_):
         self._begin = self._look()

@@ -80,3 +80,20 @@ def test_the_recipe_of_the_reference_project(stem):
     assert dc.Settings(**said) == dc.Settings(**own)
     with torch.device("meta"):
         assert task.net(**given["net"]).config() == task.net().config()
+
+
+def run(path):
+    "The name of the run that a file makes."
+    made = {"02_ddpm": "ddpm", "04_flow_matching": "flow", "06_distill": "distilled-{steps}", "07_meanflow": "meanflow"}
+    given = read(path)
+    return given.get("prefix", "") + made[notebook(path)].format(**given)
+
+
+def test_each_recipe_has_runs_of_its_own_and_the_teachers_of_its_own():
+    folder = ROOT / "configs/celeba64"
+    files = [p for p in sorted(folder.glob("*")) if notebook(p) != "05_solvers"]
+    assert len({run(p) for p in files}) == len(files)
+    pairs = {"06_distill_10_5": "06_distill_20_10", "fast_06_distill": "fast_04_flow_matching"}
+    for student, teacher in pairs.items():
+        assert read(folder / f"{student}.yaml")["teacher"] == run(folder / f"{teacher}.yaml")
+    assert "teacher" not in read(folder / "06_distill_20_10.yaml") and run(folder / "04_flow_matching.yaml") == "flow"

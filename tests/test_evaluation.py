@@ -8,7 +8,7 @@ import torch
 
 import diffcourse
 from diffcourse import evaluation as ev
-from diffcourse.data import digits
+from diffcourse.data import Images, digits
 from diffcourse.records import read_records
 
 
@@ -123,6 +123,20 @@ def test_features_are_those_of_torch_fidelity():
     theirs = net.convert_features_tuple_to_dict(net(ev.to_bytes(x)))["64"]
     assert torch.equal(ev.features(x), theirs.double())
     assert ev.register_judge() == ev.register_judge()  # a second time is no error
+
+
+@pytest.mark.parametrize("count", [None, 1, 8])
+def test_labels_ride_along_in_rows(count):
+    y = torch.arange(3) if count is None else torch.arange(3 * count).reshape(3, count)
+    images = Images(torch.zeros(3, 1, 8, 8), y, flip=count == 1)
+    z = ev.Labelled(images).batch([2, 0])
+    assert z.shape == (2, 2, 8, 8) and ev.Labelled(images).flip == images.flip
+    assert torch.equal(z.flip(-1)[:, 1, :count or 1, 0].long(), y[[2, 0]].reshape(2, -1))
+
+
+def test_more_labels_than_rows():
+    with pytest.raises(ValueError, match="9 labels an image, 8 rows"):
+        ev.Labelled(Images(torch.zeros(3, 1, 8, 8), torch.zeros(3, 9)))
 
 
 def test_bytes():

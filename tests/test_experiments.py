@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffcourse import evaluation as ev
 from diffcourse import experiments as ex
@@ -131,6 +132,16 @@ def test_every_record_is_committed():
 def test_one_second_judge():
     judges = {r.get("feature_hash2") for name in ("06_distill", "07_one_step") for r in rc.read_records(name)}
     assert len(judges) == 1 and None not in judges
+
+
+def test_the_second_judge_is_told_by_its_weights(monkeypatch):
+    net = torch.nn.Linear(2, 1)
+    for p in net.parameters():
+        torch.nn.init.constant_(p, 0.5)
+    monkeypatch.setattr(rg, "second_judge", lambda: net)
+    assert rg._second_hash.__wrapped__() == "cfc5c0132117"  # as in the records of 2026
+    torch.nn.init.constant_(net.bias, 0.25)
+    assert rg._second_hash.__wrapped__() != "cfc5c0132117"
 
 
 def test_a_choice_that_no_row_has(tmp_path, capsys):

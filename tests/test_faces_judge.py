@@ -144,7 +144,7 @@ def test_damaged_pictures_are_not_valid(held):
 
 def test_labels_survive_a_mirror():
     images = faces("train", 32, 6)
-    z = fj.LabelledFaces(images).batch([4, 1])
+    z = fj.Labelled(images).batch([4, 1])
     assert z.shape == (2, 4, 32, 32) and torch.equal(z[:, :3], images.x[[4, 1]])
     for seen in (z, z.flip(-1)):
         assert torch.equal(seen[:, 3, :12, 0].long(), images.y[[4, 1]])
@@ -153,7 +153,7 @@ def test_labels_survive_a_mirror():
 def test_the_loss_is_the_sum_of_cross_entropies():
     torch.manual_seed(0)
     images, net = faces("train", 32, 5), fj.FaceJudge()
-    z = fj.LabelledFaces(images).batch(range(5))
+    z = fj.Labelled(images).batch(range(5))
     ours = fj.ReadingLoss(moved=0, noise=0)(net, z, Draws(0, 0, 5, 0, 5, z))
     parts = net(images.x).split([len(v) for v in LAW.attributes.values()], 1)
     want = sum(torch.stack([-p.log_softmax(1)[i, images.y[i, k]] for i in range(5)]) for k, p in enumerate(parts))

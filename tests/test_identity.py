@@ -243,6 +243,7 @@ def test_values_of_a_kind_are_told_apart(kind):
 def test_equal_values_are_one():
     for f in (lambda: make(1), lambda: named(3), Options, Net, lambda: {"b": [1, {2}], "a": torch.ones(2)}, lambda: Words("ab")):
         assert fingerprint(f()) == fingerprint(f())
+    assert fingerprint({1: 2, "a": 3}) == fingerprint({"a": 3, 1: 2})
     assert fingerprint([1, (2, 3)]) == fingerprint((1, [2, 3]))  # as YAML writes them
     one = Options()
     assert fingerprint([one, one]) == fingerprint([Options(), Options()])

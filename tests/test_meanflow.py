@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import diffcourse as dc
-from diffcourse import runs
+from diffcourse.identity import fingerprint
 from diffcourse.meanflow import (
     DistributionMatching, Drift, IntervalMLP, Intervals, MeanFlow, MeanFlowLoss,
     PairRegression, Reflow, WithFake, average_net, average_velocity, check_jvp, difference,
@@ -478,8 +478,8 @@ def test_identity_knows_teacher_and_settings():
             MeanFlowLoss(), MeanFlowLoss(Intervals("v1")), MeanFlowLoss(Intervals(share=0.5)),
             MeanFlowLoss(power=1.0), MeanFlowLoss(derivative="difference"),
             PairRegression(), PairRegression(0.1), Drift(), Drift((1.0,)), Reflow()]
-    assert len({runs.fingerprint(m) for m in made}) == len(made)
-    assert runs.fingerprint(DistributionMatching(a)) == runs.fingerprint(DistributionMatching(teacher()))
+    assert len({fingerprint(m) for m in made}) == len(made)
+    assert fingerprint(DistributionMatching(a)) == fingerprint(DistributionMatching(teacher()))
 
 
 # bad input

@@ -99,6 +99,22 @@ def test_weights_of_the_package_need_no_run(tree):
     assert changed(tree, lambda: weights.joinpath("b.safetensors").write_text("2")) == {"03"}
 
 
+def test_a_run_of_a_recipe_is_published_by_its_name_and_the_others_stay(tree):
+    index = tree / "diffcourse/weights/index.json"
+    index.write_text(json.dumps({"digits/b": {"file": "b.safetensors", "sha256": "0"}}))
+    publish = [sys.executable, tree / "book/build.py", "weights", "faces32/flow"]
+    done = subprocess.run(publish, capture_output=True, text=True)
+    assert done.returncode == 1 and "no run faces32/flow" in done.stderr
+    run = tree / "build/digits/runs/faces32/flow"
+    (run / "ab12").mkdir(parents=True)
+    (run / "latest.json").write_text('{"identity": "ab12"}')
+    (run / "ab12/model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}numbers")
+    assert subprocess.run(publish, capture_output=True, text=True).returncode == 0
+    found = json.loads(index.read_text())
+    assert found.pop("digits/b") == {"file": "b.safetensors", "sha256": "0"} and list(found) == ["faces32/flow"]
+    assert (index.parent / found["faces32/flow"]["file"]).read_bytes().endswith(b"numbers")
+
+
 def test_weights_and_records_make_those_that_name_them_stale(tree):
     weights = tree / "diffcourse/weights"
     weights.joinpath("b.safetensors").write_text("1")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diffcourse import plotting
+from diffcourse import image_grids, plotting, style
 
 
 def png_size(fig):
@@ -65,7 +65,7 @@ def test_style_is_taken_back_and_no_figure_stays_open():
 def test_every_figure_has_one_width_also_cropped_by_a_notebook():
     widths, sizes = zip(*[png_size(fig) for fig in every_kind()])
     assert {w for w, _ in widths} == {widths[0][0]}
-    assert widths[0][0] == pytest.approx(plotting.WIDTH * plotting.DPI, rel=0.05)
+    assert widths[0][0] == pytest.approx(style.WIDTH * style.DPI, rel=0.05)
     assert max(sizes) < 60_000
 
 
@@ -108,7 +108,7 @@ def test_grid_clips_and_marks_what_is_no_number():
     x[..., 0, :] = 9.0
     x[..., 1, :] = -9.0
     x[..., 2, :] = float("nan")
-    tile = plotting._tiles(plotting._images(x), 80)[0]
+    tile = image_grids._tiles(image_grids._images(x), 80)[0]
     assert tile.shape == (80, 80, 3)
     assert (tile[5] == 255).all() and (tile[15] == 0).all() and (tile[25] == (213, 94, 0)).all()
     assert (tile[35:] == 128).all()
@@ -118,7 +118,7 @@ def test_grid_clips_and_marks_what_is_no_number():
 @given(n=st.integers(1, 23), columns=st.integers(1, 12), h=st.integers(1, 9), w=st.integers(1, 9))
 def test_mosaic_places_every_tile_inside_without_overlap(n, columns, h, w):
     tiles = np.repeat(np.arange(n, dtype=np.uint8), h * w * 3).reshape(n, h, w, 3)
-    canvas, corners = plotting._mosaic(tiles, columns, 3, columns * (w + 3))
+    canvas, corners = image_grids._mosaic(tiles, columns, 3, columns * (w + 3))
     assert len(set(corners)) == n
     for i, (x, y) in enumerate(corners):
         assert (canvas[y:y + h, x:x + w] == i).all() and canvas[y:y + h, x:x + w].shape == (h, w, 3)
@@ -126,11 +126,11 @@ def test_mosaic_places_every_tile_inside_without_overlap(n, columns, h, w):
 
 
 def test_colour_and_shapes_without_channel():
-    assert (plotting._tiles(plotting._images(torch.zeros(2, 8, 8)), 8) == 128).all()
+    assert (image_grids._tiles(image_grids._images(torch.zeros(2, 8, 8)), 8) == 128).all()
     x = -torch.ones(1, 3, 4, 4)
     x[:, 0] = 1
-    assert (plotting._tiles(plotting._images(x), 8) == (255, 0, 0)).all()
-    assert plotting._tiles(plotting._images(torch.zeros(1, 3, 64, 32)), 16).shape == (1, 16, 8, 3)     # made smaller
+    assert (image_grids._tiles(image_grids._images(x), 8) == (255, 0, 0)).all()
+    assert image_grids._tiles(image_grids._images(torch.zeros(1, 3, 64, 32)), 16).shape == (1, 16, 8, 3)     # made smaller
 
 
 def test_titles_and_rows_stand_in_the_figure():

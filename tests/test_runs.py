@@ -1,10 +1,8 @@
-"""Parameters, safe files, random streams and identities."""
-import functools
+"""Parameters, safe files and random streams."""
 import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,98 +141,9 @@ def test_random_streams():
             runs.rng(*bad)
 
 
-def scale(x, by=2):
-    return x * by
-
-
-class Box:
-    def __init__(self, v):
-        self.v = v
-
-
-WEIGHT, RATE = 0.5, 1.0
-
-
-def inner(x):
-    return x * RATE
-
-
-def outer(x):
-    return inner(x) * WEIGHT
-
-
-def even(n):
-    return n == 0 or odd(n - 1)
-
-
-def odd(n):
-    return n != 0 and even(n - 1)
-
-
-def test_fingerprints():
-    same = [
-        (functools.partial(scale, by=3), functools.partial(scale, by=3)),
-        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
-        (torch.arange(3), torch.arange(3)),
-        (Box([1, (2, 3)]), Box([1, (2, 3)])),
-    ]
-    other = [
-        (functools.partial(scale, by=3), functools.partial(scale, by=4)),
-        (torch.arange(3), torch.arange(3).float()),
-        (torch.ones(2, 3), torch.ones(3, 2)),
-        (1, 1.0), (True, 1), ("1", 1), (None, 0),
-        (Box(1), Box(2)),
-        (lambda x: x + 1, lambda x: x + 2),
-        (lambda x, k=2: x * k, lambda x, k=3: x * k),
-        (lambda x: [y + 1 for y in x], lambda x: [y + 2 for y in x]),
-    ]
-    assert all(runs.fingerprint(a) == runs.fingerprint(b) for a, b in same)
-    assert all(runs.fingerprint(a) != runs.fingerprint(b) for a, b in other)
-    make = lambda k: lambda x: x + k
-    assert runs.fingerprint(make(1)) != runs.fingerprint(make(2))
-    assert runs.fingerprint(make(1)) == runs.fingerprint(make(1))
-    with pytest.raises(TypeError, match="config"):
-        runs.fingerprint(object())
-
-
-@pytest.mark.parametrize("name, value", [("WEIGHT", 0.25), ("RATE", 2.0), ("inner", lambda x: x)])
-def test_a_function_is_told_by_what_it_takes_from_its_notebook(monkeypatch, name, value):
-    before = runs.fingerprint(outer)
-    assert runs.fingerprint(outer) == before != runs.fingerprint(inner)
-    monkeypatch.setitem(outer.__globals__, name, value)
-    assert runs.fingerprint(outer) != before
-
-
-def test_functions_that_call_each_other():
-    assert runs.fingerprint(even) != runs.fingerprint(odd)
-
-
-def test_a_network_is_told_by_its_weights():
-    from diffcourse.unet import UNet
-
-    nets = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        nets.append(runs.fingerprint(Box(UNet(size=4, base=8, attention=(2,)))))
-    assert nets[0] == nets[1] != nets[2]
-
-
-def test_the_hash_of_code_is_that_of_every_python():
-    "Python 3.12 and 3.13 write the same tree in other words than 3.11."
-    code = "class A:\n    x: int = 0\n\n    def f(self, *a, k=None):\n        'Said.'\n        return f'{k!r}' 'b'\n"
-    assert runs._code_hash(code) == "5fe22ebf50e87ee1f52c336e12f21702f25bd1e50cf10ffe564265bc9f80628c"
-
-
-def test_module_sources_follow_imports_and_ignore_comments(tmp_path, monkeypatch):
-    package = Path(runs.__file__).parent
-    assert set(runs.module_sources("sampling")) == {"sampling", "paths"}
-    for file in package.glob("*.py"):
-        (tmp_path / file.name).write_text(file.read_text())
-    monkeypatch.setattr(runs, "_package", lambda: tmp_path)
-    before = runs.module_sources("sampling")
-    text = (tmp_path / "paths.py").read_text()
-    (tmp_path / "paths.py").write_text("# a comment\n\n" + text.replace('"""', '"""Well. ', 1))
-    assert runs.module_sources("sampling") == before
-    (tmp_path / "paths.py").write_text(text + "\nx = 1\n")
-    changed = runs.module_sources("sampling")
-    assert changed["paths"] != before["paths"] and changed["sampling"] == before["sampling"]
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_clock_waits_for_the_device(kind, monkeypatch):
+    waited, where = [], torch.device(kind)
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *device: waited.append(device))
+    first = runs.clock(where)
+    assert len(waited) == 1 and runs.clock(torch.device("cpu")) >= first and len(waited) == 1

@@ -1,9 +1,12 @@
 """Tasks: what they bring fits together, and slips are refused with the list of what exists."""
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 import diffcourse as dc
+from diffcourse import inception
 from diffcourse.tasks import _TASKS, task
 from diffcourse.unet import count_parameters
 
@@ -90,8 +93,55 @@ def test_a_network_of_another_task_is_refused():
     task("faces32").check_net(torch.nn.Linear(1, 1))  # one that does not say its size
 
 
+def test_a_teacher_is_a_run_of_its_task_or_a_file(monkeypatch):
+    asked, digits, net = [], task("digits"), dc.UNet()
+    flow = dc.Denoiser(net, dc.Linear(), "flow")
+    monkeypatch.setattr(dc, "load", lambda name, source: asked.append((name, source)) or flow)
+    assert digits.teacher("flow").net is digits.teacher("digits/flow", "shipped").net is net
+    digits.teacher("there/on/disk.safetensors")
+    assert asked == [("digits/flow", "auto"), ("digits/flow", "shipped"), ("there/on/disk.safetensors", "auto")]
+    with pytest.raises(ValueError, match="'faces32/flow' is of another task than digits"):
+        digits.teacher("faces32/flow")
+    with pytest.raises(ValueError, match="the teacher is made for images of"):
+        task("faces32").teacher("flow")
+    monkeypatch.setattr(dc, "load", lambda name, source: torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="a U-Net with its path"):
+        digits.teacher("classifier")
+
+
 def test_judges():
     x = task("faces32").images("held_out").x[:100]
     assert task("faces32").judge(x).valid > 0.85 and task("faces32").features(x).shape == (100, 64)
     assert task("digits").judge(task("digits").images("held_out").x[:100]).fd > 0
     assert task("mnist28").judge is None and all(t.name == k for k, t in _TASKS.items())
+
+
+def test_scores():
+    faces = task("faces32").images("held_out").x[:100]
+    digits = task("digits").images("held_out").x[:100]
+    for name, x, words in (("faces32", faces, "% valid"), ("digits", digits, "memorisation")):
+        score = task(name).score(x)
+        assert score == task(name).judge(x) and words in str(score) and score.headline.endswith(" F") and task(name).why_no_score(100) is None
+
+
+@pytest.mark.parametrize("name, n, words", [("digits", 64, "64 images are too few, 65"), ("faces64", 5, "5 images"), ("mnist28", 5000, "mnist28 has no judge"),
+                                            ("celeba64", 999, "FID needs 1,000"), ("celeba64", 1000, "Inception's weights are not in .*inception_weights()")])
+def test_no_score_is_said(name, n, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    t = task(name)
+    found = t.score(torch.zeros(1, *t.shape).expand(n, *t.shape))
+    assert re.search(words, t.why_no_score(n)) and str(found) == f"no score: {t.why_no_score(n)}" and found.headline == "–"
+
+
+def test_photographs_get_their_fid(folder, tmp_path, monkeypatch):
+    t, seen = task(folder, size=16), []
+    (tmp_path / "w.pth").touch()
+    monkeypatch.setattr(inception, "fid", lambda *given: seen.append(given) or "FID")
+    x = torch.zeros(1000, 3, 16, 16)
+    assert t.score(x, tmp_path / "w.pth") == "FID" and seen == [(x, t, tmp_path / "w.pth")]
+
+
+@pytest.mark.parametrize("x", [torch.zeros(100, 3, 8, 8), torch.full((100, 1, 8, 8), torch.nan)])
+def test_what_cannot_be_scored(x):
+    with pytest.raises(ValueError, match=r"finite ones of \(1, 8, 8\)"):
+        task("digits").score(x)
