@@ -427,12 +427,20 @@ def weights(name: str = "") -> None:
         publish(one)
 
 
+def halved(safetensors: bytes) -> bytes:
+    """The same tensors and what is said of them, in 16 bits; `load` makes 32 of them again."""
+    from safetensors.torch import load, save
+    said = json.loads(safetensors[8:8 + int.from_bytes(safetensors[:8], "little")]).get("__metadata__")
+    return save({name: tensor.half() for name, tensor in load(safetensors).items()}, said)
+
+
 def publish(name: str) -> None:
-    """Copy the newest run of this name into the package, unless the same weights are there."""
+    """Copy the newest run of this name into the package, unless the same weights are there: in 16 bits where no record stands on them."""
     runs, folder = ROOT / "build" / "digits" / "runs" / name, ROOT / PACKAGE / "weights"
     if not (runs / "latest.json").exists():
         stop(f"weights: there is no run {name} in {runs.parent}: make book, or train it by its recipe in configs")
     data = (runs / json.loads((runs / "latest.json").read_text())["identity"] / "model.safetensors").read_bytes()
+    data = data if name in SHIPPED else halved(data)
     index = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else {}
     index[name] = {"file": name.replace("/", "-") + ".safetensors", "sha256": digest(data)}
     folder.mkdir(exist_ok=True)

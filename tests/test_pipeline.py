@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 INIT = '_names = {"paths": "VP", "unet": "UNet", "plotting": ""}\n\ndef load(name):\n    pass\n'
@@ -108,11 +111,12 @@ def test_a_run_of_a_recipe_is_published_by_its_name_and_the_others_stay(tree):
     run = tree / "build/digits/runs/faces32/flow"
     (run / "ab12").mkdir(parents=True)
     (run / "latest.json").write_text('{"identity": "ab12"}')
-    (run / "ab12/model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}numbers")
+    save_file({"w": torch.tensor([0.5, 3.0])}, run / "ab12/model.safetensors", {"json": "said"})
     assert subprocess.run(publish, capture_output=True, text=True).returncode == 0
     found = json.loads(index.read_text())
     assert found.pop("digits/b") == {"file": "b.safetensors", "sha256": "0"} and list(found) == ["faces32/flow"]
-    assert (index.parent / found["faces32/flow"]["file"]).read_bytes().endswith(b"numbers")
+    with safe_open(index.parent / found["faces32/flow"]["file"], "pt") as file:
+        assert file.metadata() == {"json": "said"} and file.get_tensor("w").equal(torch.tensor([0.5, 3.0]).half())
 
 
 def test_weights_and_records_make_those_that_name_them_stale(tree):
