@@ -78,7 +78,9 @@ def in_batches(
         before = _mark(device) if watch and wanted < n else None
         part, made = _halving(make, lo, wanted)
         if made < wanted:
-            size, told = made, told or _tell(made, device) is None
+            if not told:
+                _tell(made, device)
+            size, told = made, True
         elif before is not None:
             size = _fitting(made, before, device)
         watch, lo, parts = False, lo + made, [*parts, part]

@@ -74,19 +74,22 @@ ANYBODY = FaceLaw({
 # %% ../nbs/44_faces_judge.ipynb #e1cf7c11
 @dataclass
 class ReadingLoss:
-    "Cross-entropy of all attributes, on faces moved and with noise."
+    "Cross-entropy of all attributes, on faces that are not perfect."
 
     moved: float = 0.5  # share of the faces that move by a pixel
     noise: float = 0.2  # largest standard deviation of the noise
+    blur: float = 0.7  # largest share of the mean of nine pixels
 
     def __call__(self, net, z, draw):  # -> (B,)
         x, y = z[:, :3], z[:, 3, :len(COUNTS), 0].long()
-        u = draw.uniform(4)
+        u = draw.uniform(5)
         at = (3 * u[:, :2]).long()  # 0, 1, 2: where the window lies
         at[u[:, 2] >= self.moved] = 1  # in the middle
+        level, share = u[:, 3:].T.reshape(2, -1, 1, 1, 1)
         x = _windows(x, at)
-        level = self.noise * u[:, 3].reshape(-1, 1, 1, 1)
-        scores = net(x + level * draw.noise()[:, :3])
+        x = x.lerp(_mean_of_nine(x), self.blur * share)
+        x = x + self.noise * level * draw.noise()[:, :3]
+        scores = net(x)
         return sum(F.cross_entropy(s, y[:, i], reduction="none")
                    for i, s in enumerate(scores.split(COUNTS, 1)))
 
@@ -97,6 +100,10 @@ def _windows(x, at):  # each picture moved by at - 1, its rim repeated
     parts = wide.unfold(2, h, 1).unfold(3, w, 1)
     rows = torch.arange(len(x), device=x.device)
     return parts[rows, :, at[:, 0], at[:, 1]]
+
+
+def _mean_of_nine(x):  # of each pixel and its neighbours
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 # %% ../nbs/44_faces_judge.ipynb #08a17ad0
 def train_judge(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import ndimage, stats
 from torch.nn import functional as F
 
 import diffcourse as dc
@@ -135,7 +135,8 @@ def test_damaged_pictures_are_not_valid(held):
     x = held.x[:300]
     blurred = F.avg_pool2d(F.pad(x, [1] * 4, "replicate"), 3, 1)
     noisy = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    for damaged in (blurred, (x + x.roll(1, 0)) / 2, noisy):
+    halves = torch.cat([x[..., :16], x.roll(1, 0)[..., 16:]], -1)
+    for damaged in (blurred, (x + x.roll(1, 0)) / 2, halves, noisy):
         assert fj.valid_share(damaged) < 0.5
     assert fj.valid_share(x + 0.05 * (noisy - x)) > 0.85, "a trace of noise is forgiven"
 
@@ -154,7 +155,7 @@ def test_the_loss_is_the_sum_of_cross_entropies():
     torch.manual_seed(0)
     images, net = faces("train", 32, 5), fj.FaceJudge()
     z = fj.Labelled(images).batch(range(5))
-    ours = fj.ReadingLoss(moved=0, noise=0)(net, z, Draws(0, 0, 5, 0, 5, z))
+    ours = fj.ReadingLoss(moved=0, noise=0, blur=0)(net, z, Draws(0, 0, 5, 0, 5, z))
     parts = net(images.x).split([len(v) for v in LAW.attributes.values()], 1)
     want = sum(torch.stack([-p.log_softmax(1)[i, images.y[i, k]] for i in range(5)]) for k, p in enumerate(parts))
     assert torch.allclose(ours, want, atol=1e-5)
@@ -165,6 +166,12 @@ def test_windows_move_by_a_pixel_and_repeat_the_rim():
     assert torch.equal(fj._windows(x, torch.tensor([[1, 1]])), x)
     assert torch.equal(fj._windows(x, torch.tensor([[2, 1]]))[0, 0], x[0, 0][[1, 2, 2]])
     assert torch.equal(fj._windows(x, torch.tensor([[1, 0]]))[0, 0], x[0, 0][:, [0, 0, 1, 2]])
+
+
+def test_the_mean_of_nine_is_scipys():
+    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    want = ndimage.uniform_filter(x.numpy(), (1, 1, 3, 3), mode="nearest")
+    assert np.allclose(fj._mean_of_nine(x), want, atol=1e-6)
 
 
 def test_train_and_publish(tmp_path, monkeypatch):
