@@ -62,15 +62,6 @@ class Timing:
             "multiply-adds"
         )
 
-# %% ../nbs/34_timing.ipynb #dd6a0132
-def _peak_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource, sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
 # %% ../nbs/34_timing.ipynb #cf5718ee
 def environment(
     device="cpu",  # where the network ran
@@ -115,7 +106,7 @@ def measure(
         1e3 * seconds / batch,
         outs[0].nfe,
         batch,
-        _peak_mb(den.device),
+        runs.peak_mb(den.device),
         count_parameters(of_net),
         count_macs(of_net, shape),
         net.precision if isinstance(net, Fast) else kind,

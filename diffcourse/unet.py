@@ -172,46 +172,46 @@ class Up(nn.Module):
 def resolutions(
     size: int,  # height and width of the images
     mults,  # one entry a level
+    patch: int = 1,  # pixels a side that the first level sees as one
 ) -> list:
     """The resolution of every level, the largest first.
 
     Raises: ValueError where the levels do not divide the size."""
-    step = 2 ** (len(mults) - 1)
+    step = patch * 2 ** (len(mults) - 1)
     if size < 1 or size % step:
         k = size // step
         near = sorted({max(k, 1) * step, (k + 1) * step})
+        of = f" patches of {patch}" if patch > 1 else ""
         raise ValueError(
-            f"size={size} cannot be halved {len(mults) - 1} times: "
+            f"size={size}{of} cannot be halved {len(mults) - 1} times: "
             f"{len(mults)} levels need a multiple of {step}, such as "
             f"{' or '.join(map(str, near))}"
         )
-    return [size // 2**i for i in range(len(mults))]
+    return [size // patch // 2**i for i in range(len(mults))]
 
 # %% ../nbs/13_unet.ipynb #e73e0353
 def _config(
     channels, size, base, mults, blocks, attention, heads, dropout,
-    scale_shift, max_frequency, time_mult, second_time
+    scale_shift, max_frequency, time_mult, second_time, patch
 ):
     "The settings as plain numbers, lists and texts."
     plain = lambda v: v.item() if isinstance(v, np.integer) else v
+    if attention is not None:
+        attention = [plain(a) for a in attention]
     return dict(
         channels=plain(channels), size=plain(size), base=plain(base),
         mults=[plain(m) for m in mults], blocks=plain(blocks),
-        attention=[plain(a) for a in attention], heads=plain(heads),
+        attention=attention, heads=plain(heads),
         dropout=float(dropout), scale_shift=bool(scale_shift),
         max_frequency=float(max_frequency), time_mult=plain(time_mult),
-        second_time=bool(second_time),
+        second_time=bool(second_time), patch=plain(patch),
     )
-
-# %% ../nbs/13_unet.ipynb #d80352ab
-def _lowest(c):  # its resolution, where there is one
-    return resolutions(c["size"], c["mults"])[-1:] if c["mults"] else []
 
 # %% ../nbs/13_unet.ipynb #9a9b67d3
 def _check_config(c):
-    "Refuse a configuration that cannot work, and say what can."
+    "Refuse a configuration that cannot work; fill in what is None."
     whole = lambda v: type(v) is int and v >= 1
-    for k in "channels size base blocks heads time_mult".split():
+    for k in "channels size base blocks heads time_mult patch".split():
         if not whole(c[k]):
             raise ValueError(f"{k}={c[k]!r}: expected a whole number "
                              f"of at least 1")
@@ -224,7 +224,9 @@ def _check_config(c):
     ):
         if not fine:
             raise ValueError(f"{k}={c[k]}: expected {expected}")
-    sizes = resolutions(c["size"], c["mults"])
+    sizes = resolutions(c["size"], c["mults"], c["patch"])
+    if c["attention"] is None:
+        c["attention"] = sizes[-1:]
     if extra := sorted(set(c["attention"]) - set(sizes)):
         raise ValueError(f"attention={c['attention']}: no level has "
                          f"{extra}; there are {sizes}")
@@ -262,30 +264,30 @@ def _check_input(x, t, r, shape, second):
 # %% ../nbs/13_unet.ipynb #cb4a827e
 def _build(
     net, sizes, channels, size, base, mults, blocks, attention, heads,
-    dropout, scale_shift, max_frequency, time_mult, second_time
+    dropout, scale_shift, max_frequency, time_mult, second_time, patch
 ):  # second time last: a seed draws all others alike
     emb, c, skips = time_mult * base, base, [base]
     def block(res):
         return dict(emb=emb, dropout=dropout, scale_shift=scale_shift,
                     heads=heads if res in attention else 0)
     net.time = TimeEmbedding(base, emb, max_frequency)
-    net.first = nn.Conv2d(channels, base, 3, padding=1)
+    net.first = nn.Conv2d(channels, base, 3 * patch, patch, patch)
     net.down, net.up = nn.ModuleList(), nn.ModuleList()
     for i, (m, res) in enumerate(zip(mults, sizes)):
         last = i == len(mults) - 1
         net.down.append(Down(c, base * m, blocks, last, **block(res)))
         c = base * m
         skips += [c] * (blocks + (not last))
-    attends = block(sizes[-1])
-    plain = {**attends, "heads": 0}
-    both = attends, plain
-    net.middle = nn.ModuleList(Block(c, c, **b) for b in both)
+    one = block(sizes[-1])
+    two = {**one, "heads": 0}
+    net.middle = nn.ModuleList(Block(c, c, **b) for b in (one, two))
     for i, (m, res) in reversed(list(enumerate(zip(mults, sizes)))):
         take = [skips.pop() for _ in range(blocks + 1)]
         net.up.append(Up(c, base * m, take, i == 0, **block(res)))
         c = base * m
-    out = zero(nn.Conv2d(c, channels, 3, padding=1))
-    net.last = nn.Sequential(Norm(c), nn.SiLU(), out)
+    out = zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
+    whole = nn.PixelShuffle(patch)  # squares laid out again
+    net.last = nn.Sequential(Norm(c), nn.SiLU(), out, whole)
     if second_time:
         net.interval = TimeEmbedding(base, emb, max_frequency)
         zero(net.interval.linear2)
@@ -334,13 +336,13 @@ class UNet(_Levels):
         max_frequency: float = 10.0,  # of time; 10 keeps d/dt smooth
         time_mult: int = 2,  # embedding over base; 4 in large nets
         second_time: bool = False,  # True: net(x, t, r), for intervals
+        patch: int = 1,  # side of the squares taken as one pixel
     ):
         super().__init__()
         self._config = _config(
-            channels, size, base, mults, blocks, attention or (), heads,
-            dropout, scale_shift, max_frequency, time_mult, second_time)
-        if attention is None:
-            self._config["attention"] = _lowest(self._config)
+            channels, size, base, mults, blocks, attention, heads,
+            dropout, scale_shift, max_frequency, time_mult, second_time,
+            patch)
         _build(self, _check_config(self._config), **self._config)
 
 # %% ../nbs/13_unet.ipynb #eafc2257

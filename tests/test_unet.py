@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import jvp
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,7 @@ CONFIGS = [
     dict(base=16, mults=(2, 1), attention=(8, 4), scale_shift=False, max_frequency=100.0),
     dict(base=16, size=12, mults=(1, 2, 3), attention=(3,), second_time=True),
     dict(base=18, mults=(1, 2), attention=(), time_mult=4),
+    dict(base=16, channels=3, size=16, mults=(1, 2), attention=(4,), patch=2),
 ]
 
 
@@ -165,6 +167,18 @@ def test_compiles_without_a_break():
         assert torch.allclose(fast(*args), net(*args))
 
 
+def test_patches_are_pixels_moved_into_channels():
+    "Both ends against torch's own reordering of pixels, around the same network at half the size."
+    net, x, t = build(channels=3, size=16, patch=2), torch.randn(2, 3, 16, 16), torch.rand(2)
+    half = build(channels=12, size=8)
+    state = {k: v for k, v in net.state_dict().items() if k != "first.weight"}
+    kernel = net.first.weight.unflatten(2, (3, 2)).unflatten(4, (3, 2))  # out, c, row, i, column, j
+    state["first.weight"] = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    half.load_state_dict(state)
+    want = F.pixel_shuffle(half(F.pixel_unshuffle(x, 2), t), 2)
+    torch.testing.assert_close(net(x, t), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kw", CONFIGS)
 def test_counts_agree_with_torch(kw):
     net = build(**kw)
@@ -203,6 +217,9 @@ def test_reference_configuration_on_meta():
     (dict(mults=(1, 0)), ("mults",)),
     (dict(dropout=1.0), ("dropout=1.0",)),
     (dict(max_frequency=0.5), ("max_frequency=0.5",)),
+    (dict(patch=0), ("patch=0", "at least 1")),
+    (dict(patch=3), ("size=8", "patches of 3", "multiple of 6")),
+    (dict(patch=2, attention=(8,)), ("[8]", "[4, 2]")),
 ])
 def test_bad_configurations(kw, words):
     with pytest.raises(ValueError) as e:
