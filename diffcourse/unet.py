@@ -278,17 +278,16 @@ def _build(
         net.down.append(Down(c, base * m, blocks, last, **block(res)))
         c = base * m
         skips += [c] * (blocks + (not last))
-    attends = block(sizes[-1])
-    plain = {**attends, "heads": 0}
-    both = attends, plain
-    net.middle = nn.ModuleList(Block(c, c, **b) for b in both)
+    one = block(sizes[-1])
+    two = {**one, "heads": 0}
+    net.middle = nn.ModuleList(Block(c, c, **b) for b in (one, two))
     for i, (m, res) in reversed(list(enumerate(zip(mults, sizes)))):
         take = [skips.pop() for _ in range(blocks + 1)]
         net.up.append(Up(c, base * m, take, i == 0, **block(res)))
         c = base * m
-    out = [zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))]
-    out += [nn.PixelShuffle(patch)] if patch > 1 else []
-    net.last = nn.Sequential(Norm(c), nn.SiLU(), *out)
+    out = zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
+    whole = nn.PixelShuffle(patch)  # squares laid out again
+    net.last = nn.Sequential(Norm(c), nn.SiLU(), out, whole)
     if second_time:
         net.interval = TimeEmbedding(base, emb, max_frequency)
         zero(net.interval.linear2)
@@ -337,7 +336,7 @@ class UNet(_Levels):
         max_frequency: float = 10.0,  # of time; 10 keeps d/dt smooth
         time_mult: int = 2,  # embedding over base; 4 in large nets
         second_time: bool = False,  # True: net(x, t, r), for intervals
-        patch: int = 1,  # pixels a side that the first level takes as one
+        patch: int = 1,  # side of the squares taken as one pixel
     ):
         super().__init__()
         self._config = _config(
