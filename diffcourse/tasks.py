@@ -275,8 +275,9 @@ _TASKS = {
         dict(base=16, mults=(1, 2, 2), attention=(7,)), _SMALL),
     "faces32": Task(
         "faces32", size=32, read=functools.partial(_faces, 32),
-        network=dict(mults=(1, 2, 2), attention=(8,)),
-        training=_SMALL | dict(steps=7000), **_FACES),
+        network=dict(base=44, mults=(1, 2, 2), attention=(8, 4), patch=2),
+        training=_SMALL | dict(steps=30_000, batch=32, lr=2e-3,
+                               decay=0.5), **_FACES),
     "faces64": Task(
         "faces64", size=64, read=functools.partial(_faces, 64),
         network=dict(mults=(1, 2, 2, 4), attention=(8,)),
