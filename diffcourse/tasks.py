@@ -275,7 +275,8 @@ _TASKS = {
         dict(base=16, mults=(1, 2, 2), attention=(7,)), _SMALL),
     "faces32": Task(
         "faces32", size=32, read=functools.partial(_faces, 32),
-        network=dict(base=44, mults=(1, 2, 2), attention=(8, 4), patch=2),
+        network=dict(base=44, mults=(1, 2, 2), attention=(8, 4),
+                     patch=2),
         training=_SMALL | dict(steps=28_000, batch=32, lr=2e-3,
                                decay=0.5), **_FACES),
     "faces64": Task(
