@@ -237,8 +237,7 @@ def jitter(
     low, high, step = np.array(ends).T
     span = ((high - low) // step + 1).astype(np.uint64)
     at = low + step * (numbers[:, :len(span)] % span).astype(np.int64)
-    at = at.tolist()
-    n = len(JITTER)
+    at, n = at.tolist(), len(JITTER)
     return [dict(zip(JITTER, row)) | {
         k: row[n + 3 * i:n + 3 * i + 3] for i, k in enumerate(TINT)}
         for row in at]
