@@ -78,9 +78,7 @@ def in_batches(
         before = _mark(device) if watch and wanted < n else None
         part, made = _halving(make, lo, wanted)
         if made < wanted:
-            if not told:
-                _tell(made, device)
-            size, told = made, True
+            size, told = made, told or _tell(made, device) is None
         elif before is not None:
             size = _fitting(made, before, device)
         watch, lo, parts = False, lo + made, [*parts, part]
