@@ -197,7 +197,7 @@ def _build(file, meta):  # -> the network that the file is for
         )
     try:
         return __getattr__(made["class"])(**made["config"])
-    except (TypeError, KeyError, ValueError) as e:
+    except (TypeError, KeyError, ValueError, RuntimeError) as e:
         raise ValueError(
             f"{file} asks for a {made['class']} that this version "
             f"cannot build ({e}): install a newer one, or pass net="
@@ -279,7 +279,7 @@ def _read(file, prefix):  # tensors, what is said of them
     if prefix:  # a state says less than the weights beside it
         tensors = checkpoints.part(tensors, prefix)
         meta = runs.load_meta(file.with_name("model.safetensors"))
-    return tensors, meta
+    return tensors, meta if isinstance(meta, dict) else {}
 
 
 def _check_choice(name, value, allowed):

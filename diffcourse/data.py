@@ -210,11 +210,9 @@ def _downloaded(kind, split, size, root, download, flip):
     from torchvision import datasets
     make = getattr(datasets, kind)
     _split(split, 0, 0)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"size is {size!r}; allowed is a whole "
-                         f"number from 1")
+    from diffcourse.runs import home, whole
+    size = whole("size", size)
     if root is None:
-        from diffcourse.runs import home
         root = home() / "data"
     try:
         parts = [make(str(root), train=train, download=download)

@@ -16,7 +16,7 @@ from .paths import expand, patch_to
 from .runs import clock
 from .sampling import Denoiser, Grid, Samples, Solver
 from .sampling import _evaluating, _solve
-from .sampling import explicit, uniform
+from .grids import as_grid, uniform
 
 # %% ../nbs/03_ddim.ipynb #0b4d6a5a
 class DDIM(Solver):
@@ -83,7 +83,7 @@ def invert(
     Raises: ValueError where eps is not determined at the grid's end.
     Source: Song et al. (2021), DDIM, section 4.3.
     """
-    grid = grid if isinstance(grid, Grid) else explicit(grid)
+    grid = as_grid(grid)
     times = grid.times(den.path).flip(0)
     before, begin = den.nfe, clock(den.device)
     x = x.to(den.device)

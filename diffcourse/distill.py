@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import runs
+from .data import as_data
 from .paths import Path, Prediction, expand, patch_to
 from .sampling import Denoiser
 from .training import Fit, fit
@@ -202,8 +204,7 @@ def _check_distillation(own):
         if (value := getattr(own, name)) not in known:
             raise ValueError(f"{name}={value!r}: choose of {known}")
     for name in ("steps", "ratio"):
-        if type(value := getattr(own, name)) is not int or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+        setattr(own, name, runs.whole(name, getattr(own, name)))
     for name in ("alpha", "anchor", "features"):
         if not (value := getattr(own, name)) >= 0:
             raise ValueError(f"{name}={value}: 0 or more")
@@ -379,6 +380,5 @@ def _start(student, teacher, data):  # the network that will learn
             if isinstance(m, nn.Dropout):
                 m.p = 0.0  # noise on a target that has none
         return student
-    one = data.shape[1:] if isinstance(data, Tensor) else data.shape
-    check_student(student, teacher, tuple(one))
+    check_student(student, teacher, tuple(as_data(data).shape))
     return student

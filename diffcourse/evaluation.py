@@ -74,8 +74,11 @@ class Labelled:
         if many > rows:
             raise ValueError(f"{many} labels an image, {rows} rows")
         self.images, self.name = images, f"{images.name}, labelled"
-        self.hash = fingerprint([images.hash, images.y])
         self.flip = images.flip
+
+    @property
+    def hash(self):  # as images and labels are now
+        return fingerprint([self.images.hash, self.images.y])
 
     def __len__(self):
         return len(self.images)
@@ -138,7 +141,14 @@ def to_bytes(
     """
     if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
         came = getattr(x, "shape", type(x).__name__)
-        raise ValueError(f"images are {came}: (n, C, H, W) is needed")
+        raise ValueError(
+            f"images are {came}: a tensor (n, C, H, W) is needed"
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"images are {x.dtype}: floating point in [-1, 1] is "
+            "needed; of bytes, x / 127.5 - 1"
+        )
     bad = (~x.isfinite()).flatten(1).any(1).sum()
     if bad:
         raise ValueError(
@@ -266,7 +276,7 @@ def memorisation(
     to_train, to_held = _nearest(x, train), _nearest(x, held_out)
     if to_held == 0:  # the unseen images themselves, or copies of both
         return math.inf if to_train else 0.0
-    usual = _nearest(held_out, train)
+    usual = _nearest(held_out, train) or math.nan  # the same images
     unseen = _nearest(held_out, held_out, itself=True)
     return to_train / to_held * unseen / usual
 

@@ -226,11 +226,8 @@ def faces(
     if split not in FIRST:
         raise ValueError(f"split is {split!r}; allowed are "
                          f"{', '.join(map(repr, FIRST))}")
-    for name, value, low in (("n", n, 1), ("seed", seed, 0),
-                             ("first", first, 0)):
-        if type(value) is not int or value < low:
-            raise ValueError(f"{name} is {value!r}; allowed is a whole "
-                             f"number from {low}")
+    n, seed = runs.whole("n", n), runs.whole("seed", seed, 0)
+    first = runs.whole("first", first, 0)
     if first + n > 10**9:
         raise ValueError(f"first + n is {first + n:,}; a split has "
                          f"{10**9:,} faces")

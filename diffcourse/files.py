@@ -22,8 +22,10 @@ from .store import (
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-def _shown(name):       # neither hidden nor a Mac's own
-    return not any(part.startswith(".") or part == "__MACOSX"
+_OTHERS = "__MACOSX", "@eaDir"  # a Mac's own, thumbnails of a server
+
+def _shown(name):       # neither hidden nor one of these
+    return not any(part.startswith(".") or part in _OTHERS
                    for part in name.split("/") if part != ".")
 
 # %% ../nbs/28_files.ipynb #3939424d
@@ -33,7 +35,7 @@ def _in_folder(folder):     # name -> (what changes with it, its bytes)
         folders[:] = [name for name in folders if _shown(name)]
         for name in filter(_shown, names):
             path = Path(root, name)
-            about = path.lstat()
+            about = path.stat() if path.exists() else path.lstat()
             stamp = about.st_size, about.st_mtime_ns
             name = path.relative_to(folder).as_posix()
             found[name] = stamp, path.read_bytes
@@ -122,9 +124,7 @@ def square(
 
 # %% ../nbs/28_files.ipynb #23b1a54e
 def _settings(size, channels):
-    if type(size) is not int or size < 1:
-        raise ValueError(f"size is {size!r}; allowed is a whole number "
-                         f"from 1")
+    size = runs.whole("size", size)
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}; allowed is 1 or 3")
     return channels, size, size

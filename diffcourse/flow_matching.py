@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .ddpm import DenoisingLoss
 from .paths import Linear, Path, as_time
-from .sampling import Denoiser, Grid, explicit, uniform
+from .grids import as_grid, explicit, uniform
+from .sampling import Denoiser, Grid
 from .sampling import _evaluating
 
 # %% ../nbs/04_flow_matching.ipynb #3134ddcf
@@ -166,7 +167,7 @@ def log_likelihood(
     Source: Grathwohl et al. (2019), section 3.1."""
     if probes is not None and probes < 1:
         raise ValueError(f"probes={probes}: None or 1, 2, 3, …")
-    grid = grid if isinstance(grid, Grid) else explicit(grid)
+    grid = as_grid(grid)
     times = grid.times(den.path).flip(0).tolist()  # data to noise
     x = x.detach().to(den.device)
     total = x.new_zeros(len(x))

@@ -72,6 +72,25 @@ def _on_table(kind, steps, table, offset):
     return t.flip(0)
 
 # %% ../nbs/48_grids.ipynb #77f0a0e2
+def as_grid(
+    grid,  # a Grid, or the times themselves
+) -> Grid:
+    """What `sample` and its kin take as grid=.
+
+    Raises: TypeError for a number or a function, which are no times."""
+    if isinstance(grid, Grid):
+        return grid
+    try:
+        times = [float(t) for t in grid]
+    except (TypeError, ValueError):
+        steps = grid if isinstance(grid, int) else 20
+        raise TypeError(
+            f"grid={grid!r}: uniform({steps}) makes that many steps, "
+            "or list the times, [1, 0.5, 0]"
+        ) from None
+    return explicit(times)
+
+# %% ../nbs/48_grids.ipynb #0c7ccf45
 @patch_to(Grid)
 def times(
     self,

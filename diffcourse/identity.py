@@ -300,6 +300,11 @@ def _shaping(walk, obj, state):  # of a state: what shapes a result
     return found
 
 
+def _still(net):  # parts that stay as they are evaluated
+    names = [k for k, m in net.named_modules() if not m.training]
+    return names if net.training else []
+
+
 def _shared(net):  # for each weight, the first that has its memory
     first, found = {}, []
     for name, p in net.named_parameters(remove_duplicate=False):
@@ -330,7 +335,7 @@ def _object(walk, obj):
         said += [[k, walk(v, k)] for k, v in sorted(state.items())]
         state = None
     if isinstance(obj, torch.nn.Module):
-        said.append(_shared(obj))
+        said.append(_shared(obj) + _still(obj) * walk.learns)
     more = args, state, list(items or ()), dict(pairs or ())
     return said + [walk(v, "state") for v in more]
 

@@ -23,7 +23,7 @@ from .paths import Linear, Path, as_time, expand, patch_to
 from .playground import GaussianMixture
 from .playground import _double, _layers, _waves
 from .sampling import Denoiser, Euler, Grid, Noise
-from .sampling import Solver, explicit, uniform
+from .sampling import Solver, as_grid, uniform
 from .sampling import sample as _sample
 from .unet import UNet
 
@@ -408,7 +408,7 @@ def make_pairs(
     Raises: ValueError for seeds that belong to the evaluation, for a
     solver that draws noise, a grid that does not start at t = 1, or a
     precision that does not exist."""
-    grid = grid if isinstance(grid, Grid) else explicit(grid)
+    grid = as_grid(grid)
     _check_pairs(seed, solver, grid, precision)
     shape, den = shape or _shape(den.net), make_fast(den, precision)
     seeds = range(seed, seed + n)
@@ -641,8 +641,7 @@ class Drift:
 # %% ../nbs/07_meanflow.ipynb #a4c07a55
 def _check_drift(own):
     for name in ("per", "steps"):
-        if type(value := getattr(own, name)) is not int or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+        setattr(own, name, runs.whole(name, getattr(own, name)))
     if not own.step > 0:
         raise ValueError(f"step={own.step}: above 0 is needed")
     if not own.taus or not all(tau > 0 for tau in own.taus):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from . import runs
 from .batches import in_batches
-from .grids import Grid, cosine, explicit, leading, linspace
+from .grids import Grid, as_grid, cosine, explicit
+from .grids import leading, linspace
 from .grids import logsnr, looked_up, quadratic, trailing
 from .grids import uniform
 from .paths import Path, Prediction
@@ -335,8 +336,13 @@ def _listed(seeds):  # tensors and arrays as lists
     return seeds.tolist() if hasattr(seeds, "tolist") else seeds
 
 # %% ../nbs/14_sampling.ipynb #909d8636
-def _check_rule(solver, final, grid):
+def _check_rule(den, solver, final, grid):
     "The grid as a Grid, where solver and final fit."
+    if not hasattr(den, "path"):
+        raise TypeError(
+            f"den is {type(den).__name__}: a Denoiser is needed, "
+            "Denoiser(net, path, predicts), or what load() returns"
+        )
     if isinstance(solver, type):
         raise TypeError(
             f"solver={solver.__name__} is a class: make one of it, "
@@ -351,12 +357,7 @@ def _check_rule(solver, final, grid):
         raise ValueError(
             f"final={final!r}: 'stop' or 'denoise' is allowed"
         )
-    if isinstance(grid, numbers.Real):
-        raise TypeError(
-            f"grid={grid}: uniform({grid}) makes that many steps, or "
-            "list the times, [1, 0.5, 0]"
-        )
-    grid = grid if isinstance(grid, Grid) else explicit(grid)
+    grid = as_grid(grid)
     if final == "denoise" and grid.end == 0:
         raise ValueError(
             "final='denoise' needs a grid that ends above 0"
@@ -365,6 +366,15 @@ def _check_rule(solver, final, grid):
 
 # %% ../nbs/14_sampling.ipynb #a9e9ad69
 def _check_shapes(seeds, n, x, shape, batch):
+    if not isinstance(shape, Sequence):
+        raise TypeError(
+            f"shape={shape!r}: that of one sample is needed, such as "
+            "(1, 8, 8)"
+        )
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is {type(x).__name__}: a tensor (n, *shape) is needed"
+        )
     if x is not None and tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"x is {tuple(x.shape)}, shape says (n, *{tuple(shape)})"
@@ -395,7 +405,7 @@ def sample(
 
     Raises: ValueError, TypeError for what does not fit together;
     OutOfMemoryError when not even one sample fits into memory."""
-    grid = _check_rule(solver, final, grid)
+    grid = _check_rule(den, solver, final, grid)
     n, seeds = _count(seeds, n, x)
     _check_shapes(seeds, n, x, shape, batch)
     times, begin = grid.times(den.path), runs.clock(den.device)

@@ -6,8 +6,9 @@
 __all__ = ['Heun', 'Midpoint', 'RK4', 'AB2', 'DPMSolver', 'order_list', 'DPMpp']
 
 # %% ../nbs/05_solvers.ipynb #fef8e0c8
-import math
+import math, numbers
 
+from . import runs
 from .paths import Path, patch_to
 from .sampling import Denoiser, Solver
 
@@ -114,9 +115,10 @@ class AB2(Solver):
 # %% ../nbs/05_solvers.ipynb #fe4f3cc8
 def _order(order, allowed="1, 2 or 3"):
     "One order, checked."
-    if type(order) is not int or order not in (1, 2, 3):
+    whole = isinstance(order, numbers.Integral) and order is not True
+    if not whole or order not in (1, 2, 3):
         raise ValueError(f"order = {order!r}: {allowed} is allowed")
-    return order
+    return int(order)
 
 
 def _lam(path, t):  # -> float, -inf or inf at the ends
@@ -230,8 +232,7 @@ def order_list(
     Raises: ValueError for an order or a budget that does not exist.
     Source: Lu et al. (2022), DPM-Solver-fast."""
     order = _order(order)
-    if type(nfe) is not int or nfe < 1:
-        raise ValueError(f"nfe = {nfe!r}: an integer >= 1 is needed")
+    nfe = runs.whole("nfe", nfe)
     if path is not None:
         ends = [[1] * math.isinf(_lam(path, t)) for t in (1.0, 0.0)]
         rest = nfe - sum(map(len, ends))

@@ -8,7 +8,7 @@ __all__ = ['OPTIONS', 'Option', 'Speed', 'Speeds', 'speed']
 # %% ../nbs/21_speed.ipynb #5f2f5128
 import copy, statistics, time, warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .flow_matching import FlowMatching
 from .paths import Linear, patch_to
 from .records import Table
 from .sampling import Denoiser, Euler, sample, uniform
-from .settings import fast_bf16
+from .settings import fast_bf16, tf32
 from .timing import environment
 
 # %% ../nbs/21_speed.ipynb #90a1c35a
@@ -33,30 +33,6 @@ def _timed(work, repeats, device):  # -> first run, median of the rest
         work()
         seconds.append(runs.clock(device) - begin)
     return seconds[0], statistics.median(seconds[1:])
-
-# %% ../nbs/21_speed.ipynb #e8542597
-@contextmanager
-def _tf32(on: bool):
-    "Products in TF32 or in full float32; puts back what was set."
-    owners = torch.backends.cuda.matmul, torch.backends.cudnn
-    parts = [owners[0]]
-    parts += [getattr(owners[1], k, None) for k in ("conv", "rnn")]
-    old, new = "allow_tf32", "fp32_precision"  # new: since torch 2.9
-    parts = [p for p in parts if hasattr(p, new)]
-    flags = [(p, old) for p in owners] + [(p, new) for p in parts]
-    kept = []
-    for p, name in flags:
-        with suppress(RuntimeError):  # where old and new disagree
-            kept.append((p, name, getattr(p, name)))
-    try:
-        for p in owners:
-            p.allow_tf32 = on
-        for p in parts:  # else convolutions may inherit another
-            p.fp32_precision = "tf32" if on else "ieee"
-        yield
-    finally:
-        for p, name, value in kept:
-            setattr(p, name, value)
 
 # %% ../nbs/21_speed.ipynb #a492dba2
 def _fast(net, x, t, **how):
@@ -124,7 +100,7 @@ class Option:
 OPTIONS = {
     "float32": Option(),
     "TF32": Option(
-        around=partial(_tf32, True), refuses=partial(_on_cuda, 8)
+        around=partial(tf32, True), refuses=partial(_on_cuda, 8)
     ),
     "bf16": Option(partial(_fast, precision="bf16")),
     "channels-last": Option(
@@ -294,10 +270,7 @@ def _check_speed(net, options, **numbers):
     if unknown := [o for o in options if o not in OPTIONS]:
         raise ValueError(f"options {unknown}: choose of {[*OPTIONS]}")
     for name, value in numbers.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(
-                f"{name} = {value!r}: a whole number >= 1 is needed"
-            )
+        runs.whole(name, value)
 
 
 def _refusal(name, device, shape, compile):
@@ -311,7 +284,7 @@ def _alone(device):  # nothing of ours stays behind
     cuda = device.type == "cuda"
     here = torch.cuda.device(device) if cuda else nullcontext()
     forked = torch.random.fork_rng([device] if cuda else [])
-    with here, forked, _tf32(False):
+    with here, forked, tf32(False):
         yield
 
 # %% ../nbs/21_speed.ipynb #dcd04704

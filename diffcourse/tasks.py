@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import data as sets
+from .runs import load_meta
 from .settings import Settings
 from .unet import UNet
 
 # %% ../nbs/22_tasks.ipynb #4e82b1ca
 _NET = tuple(inspect.signature(UNet).parameters)
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
+_KEPT = "keep_every", "save_every"  # of `fit`: they shape no weight
 
 
 def _changed(what, own, changes, known):  # own with changes
@@ -67,11 +69,13 @@ def net(self, **changes) -> UNet:
 
 
 def settings(self, **changes) -> dict:
-    """What `fit` is told: steps, batch, lr, …
+    """What `fit` is told: steps, batch, lr, …, keep_every, save_every.
 
     Raises: ValueError for a setting that no training has."""
-    made = _changed("a training", self.training, changes, _SETTINGS)
-    Settings(**made)  # each is checked
+    known = *_SETTINGS, *_KEPT
+    made = _changed("a training", self.training, changes, known)
+    # each is checked
+    Settings(**{k: v for k, v in made.items() if k not in _KEPT})
     return made
 
 
@@ -100,15 +104,23 @@ def check_net(self, net, role: str = "the network"):
 Task.run, Task.check_net = run, check_net
 
 # %% ../nbs/22_tasks.ipynb #c93a5e07
-def _to_load(task, name):  # what a teacher's name means for `load`
-    if name.endswith(".safetensors"):
-        return name
-    found = task.run(name.removeprefix(f"{task.name}/"))
-    if found.count("/") > 1:
+def _refuse_other(task, name, trained):
+    if trained != task.name:
         raise ValueError(
             f"teacher = {name!r} is of another task than "
             f"{task.name}: name one of its runs, or train one"
         )
+
+
+def _to_load(task, name):  # what a teacher's name means for `load`
+    if name.endswith(".safetensors"):
+        said = load_meta(name) if Path(name).is_file() else None
+        trained = str((said or {}).get("run") or task.name)
+        _refuse_other(task, name, trained.partition("/")[0])
+        return name
+    found = task.run(name.removeprefix(f"{task.name}/"))
+    if found.count("/") > 1:
+        _refuse_other(task, name, name)
     return found
 
 # %% ../nbs/22_tasks.ipynb #5fd7a2c9
@@ -285,7 +297,7 @@ _TASKS = {
         training=_SMALL, **_FACES),
     "celeba64": Task(
         "celeba64", 3, 64, _celeba, _REFERENCE["net"],
-        _REFERENCE["training"]),
+        _REFERENCE["training"] | dict(ema_kind="constant")),
 }
 
 # %% ../nbs/22_tasks.ipynb #a5145d3f
@@ -295,13 +307,20 @@ def _held(name):  # one in ten, by its name alone
     )
 
 
+def _folder(path, size, channels, flip, skip, split):
+    from diffcourse.files import Files
+
+    key = Files(path, size, channels).key  # as the files are now
+    return _prepared(key, path, size, channels, flip, skip, split)
+
+# %% ../nbs/22_tasks.ipynb #35b7dee7
 @functools.lru_cache(maxsize=2)
-def _folder(path, size, channels, split):
+def _prepared(key, path, size, channels, flip, skip, split):
     from diffcourse.files import Files, store_of
     from diffcourse.store import prepare
 
     source = Files(path, size, channels)
-    whole = prepare(source, store_of(source))
+    whole = prepare(source, store_of(source), skip, flip=flip)
     if split == "all":
         return whole
     wanted = split == "held_out"
@@ -314,16 +333,24 @@ def _folder(path, size, channels, split):
     return whole.part(rows, f"{whole.name} {split}")
 
 # %% ../nbs/22_tasks.ipynb #1b28e1fc
-def _of_folder(path, size, channels):
+def _of_folder(path, size, channels, flip, skip_broken):
     large = size >= 64
-    own = _REFERENCE["net"] if large else dict(mults=(1, 2, 2))
+    own = dict(mults=(1, 2, 2))
+    if large:  # attention where the reference has it, or lowest
+        levels = [size // 2**i for i in range(4)]
+        at = [n for n in (8, 16) if n in levels] or levels[2:]
+        own = _REFERENCE["net"] | dict(attention=tuple(at))
     name = re.sub(r"\.(zip|tar|tgz)(\.\w+)?$", "", path.name)
     name = re.sub(r"[^\w-]+", "-", name).strip("-") or "folder"
+    name = f"{name}{size}"
+    if name in _TASKS:  # a folder called faces is not that task
+        name += "-" + hashlib.sha256(str(path).encode()).hexdigest()[:4]
     return Task(
-        f"{name}{size}",
+        name,
         channels,
         size,
-        functools.partial(_folder, str(path), size, channels),
+        functools.partial(
+            _folder, str(path), size, channels, flip, skip_broken),
         own,
         _REFERENCE["training"] if large else _SMALL,
     )
@@ -343,6 +370,8 @@ def task(
     name: str,  # of a task, or the path of a folder, zip or tar
     size: int | None = None,  # pixels a side, for a folder
     channels: int = 3,  # of a folder's images: 3 colour, 1 grey
+    flip: bool = True,  # False: a folder's images are not mirrored
+    skip_broken: bool = False,  # True: leave out what cannot be read
 ) -> Task:
     """A data set by its name, or a folder of images.
 
@@ -364,4 +393,4 @@ def task(
             f"{name} is a folder: say how many pixels a side "
             "its images shall have, size=64"
         )
-    return _of_folder(path.resolve(), size, channels)
+    return _of_folder(path.resolve(), size, channels, flip, skip_broken)

@@ -145,6 +145,10 @@ def _careful(state, progress, writer):  # -> list: was Ctrl-C pressed?
                 raise
 
 # %% ../nbs/15_training.ipynb #992ae376
+def _flips(data):
+    return getattr(data, "flip", False)
+
+
 def _batches(data, s, start, device):  # -> (B, …), where they are used
     rows = plan(s.seed, s.batch, len(data), start, s.steps)
     ahead = getattr(
@@ -155,12 +159,12 @@ def _batches(data, s, start, device):  # -> (B, …), where they are used
 # %% ../nbs/15_training.ipynb #d61868a3
 def _train(loss, state, data, acc, progress, how):
     s, writer = state.s, checkpoints.Writer()
-    method = acc.prepare(_Method(state.net.train(), loss))
+    method = acc.prepare(_Method(state.net, loss))
     method = compiled(method) if s.compile else method
     last = saved = time.perf_counter()
     with _careful(state, progress, writer) as asked:
         for x in _batches(data, s, state.step, acc.device):
-            value = _iterate(method, state, x, data.flip, acc)
+            value = _iterate(method, state, x, _flips(data), acc)
             rate = learning_rate(state.step - 1, s)
             progress(state.step, value, rate)
             now, done = time.perf_counter(), state.step == s.steps
@@ -236,8 +240,11 @@ def run_identity(
 
     Raises: TypeError naming what cannot be described."""
     settings = json.loads(json.dumps(dataclasses.asdict(s)))
-    content = {"name": data.name, "hash": data.hash, "flip": data.flip}
-    loop = _iterate, plan  # the code around the loss
+    content = {"name": getattr(data, "name", ""), "hash": data.hash,
+               "flip": _flips(data)}
+    loop = [_iterate, plan]  # the code around the loss
+    if type(data).__module__.partition(".")[0] != "diffcourse":
+        loop += [type(data)]  # how a batch of one's own is made
     name, what = identify(
         net, loss=loss, data=content, settings=settings, loop=loop)
     return name, {"settings": settings, "data": content, **what}
@@ -247,7 +254,7 @@ def _prepare(steps, settings, data, acc):  # -> all three, resolved
     s = Settings(steps=steps, **settings)
     data = as_data(data)
     if len(data) == 0:
-        raise ValueError(f"the data set {data.name} is empty")
+        raise ValueError(f"the data set {data!r} is empty")
     acc = _single(acc)
     precision = choose(s.precision, acc.device)
     return dataclasses.replace(s, precision=precision), data, acc
@@ -281,15 +288,39 @@ def _single(acc):  # an Accelerator that adds nothing of its own
     return acc
 
 # %% ../nbs/15_training.ipynb #40269a88
-def _check_net(net, start):
+def _check_net(loss, net, start):
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            f"loss is {loss!r}: an object that is called with "
+            "(net, x0, draw) is needed, such as FlowMatching()"
+        )
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"net is {net!r}: a network is needed, UNet() or the .net "
+            "of a denoiser"
+        )
+    if not net.training:  # parts that are, in one that learns, stay
+        net.train()
     if start is not None:
         _begin_with(net, start)
+    _check_weights(net)
+
+# %% ../nbs/15_training.ipynb #482d2445
+def _check_weights(net):
     weights = [p for p in net.parameters() if p.is_floating_point()]
     if not any(p.requires_grad for p in weights):
         raise ValueError(
             f"no weight of {type(net).__name__} asks for a gradient: a "
             "network from load() is frozen. trainable(net) copies one "
             "that learns, start= takes its weights into another"
+        )
+    odd = [k for k, v in net.state_dict().items()
+           if not torch.is_tensor(v)]
+    if odd:
+        raise TypeError(
+            f"{type(net).__name__} keeps {odd[0]} beside its weights, "
+            "which is no tensor and cannot be saved: leave it out of "
+            "get_extra_state, or make it a buffer"
         )
     half = {p.dtype for p in weights} - {torch.float32, torch.float64}
     if half:
@@ -299,10 +330,15 @@ def _check_net(net, start):
             "bfloat16 and keeps the weights in float32"
         )
 
-
+# %% ../nbs/15_training.ipynb #33b2119a
 def _check_watch(how):
     how.every = runs.whole("every", how.every, 0)
     how.keep_every = runs.whole("keep_every", how.keep_every, 0)
+    if how.callback is not None and not callable(how.callback):
+        raise TypeError(
+            f"callback is {how.callback!r}: a function of (step, net) "
+            "is needed"
+        )
     if how.callback is not None and not how.every:
         raise ValueError(
             "a callback came without every=, so it would never be "
@@ -310,12 +346,10 @@ def _check_watch(how):
         )
 
 # %% ../nbs/15_training.ipynb #eef230ed
-def _open(run, loss, net, data, s, acc, fresh):  # -> state at 0
+def _open(run, loss, net, data, s, acc):  # -> state at 0
     identity, what = run_identity(loss, net, data, s)
     said = checkpoints.about(loss, net)  # fails here, if it fails
-    folder = runs.home() / "runs" / run / identity
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
+    folder = runs.home() / "runs" / runs.run_name(run) / identity
     form = torch.channels_last if s.channels_last else None
     net.to(acc.device, **({"memory_format": form} if form else {}))
     state = _State(net, s, folder)
@@ -329,12 +363,12 @@ def _is_complete(state):
     whole = state.folder / "model.safetensors"
     if not (whole.exists() and state.file.exists()):
         return False
-    return int(runs.load_meta(state.file)["step"]) >= state.s.steps
+    meta = runs.load_meta(state.file) or {"step": 0}  # else damaged
+    return int(meta["step"]) >= state.s.steps
 
 
 def _tell_version(state, say):  # another torch rounds differently
-    about = state.folder / "run.json"
-    then = json.loads(about.read_text()) if about.exists() else {}
+    then = checkpoints.read_about(state.folder)
     if then.get("torch", torch.__version__) != torch.__version__:
         say(f"begun with torch {then['torch']}, goes on with "
             f"{torch.__version__}: equal up to rounding")
@@ -359,12 +393,13 @@ def _resume(state, say):  # -> status
 
 # %% ../nbs/15_training.ipynb #53f1dbd8
 def _is_beginning(folder, done, state):  # of this training, bit for bit
-    then = json.loads((folder / "run.json").read_text())
+    then, what = checkpoints.read_about(folder), state.what
     parts = [
-        {**w["parts"], "settings": None} for w in (then, state.what)
+        w.get("parts", {}) | {"settings": None} for w in (then, what)
     ]
-    short, now = then["settings"], state.what["settings"]
-    if parts[0] != parts[1] or short | {"steps": now["steps"]} != now:
+    short, now = then.get("settings", {}), what["settings"]
+    free = {k: now[k] for k in ("steps", "log_every")}
+    if parts[0] != parts[1] or short | free != now:
         return False
     rates = Settings(**short), state.s
     return done <= state.s.steps and all(
@@ -435,7 +470,7 @@ def fit(
     KeyboardInterrupt after Ctrl-C, with the state saved."""
     how = _How(every, callback, keep_every, save_every)
     s, data, acc = _prepare(steps, settings, data, accelerator)
-    _check_net(net, start)
+    _check_net(loss, net, start)
     plain = torch.autocast(acc.device.type, enabled=False)
     with plain, torch.inference_mode(False), torch.enable_grad():
         return _fit(loss, net, data, run, s, acc, fresh, how)
@@ -456,16 +491,18 @@ class _How:  # what shapes no weight
 def _fit(loss, net, data, run, s, acc, fresh, how):
     progress = Progress(run, s.steps)
     tell = functools.partial(say, progress)
-    state = _open(run, loss, net, data, s, acc, fresh)
+    state = _open(run, loss, net, data, s, acc)
     state.watcher = _name_of(how)
     shape = tuple(getattr(data, "shape", ()))
     if how.every and not how.callback and len(shape) == 3:
         how.look = preview(loss, shape)
-    if _is_complete(state):  # it is only read
+    if not fresh and _is_complete(state):  # it is only read
         checkpoints.restore(state)
         return _reuse(state, how, tell)
     state.folder.mkdir(parents=True, exist_ok=True)
     with checkpoints.held(state.folder, tell):
+        if fresh:
+            checkpoints.clear(state.folder)
         if _is_complete(state):  # meanwhile
             checkpoints.restore(state)
             return _reuse(state, how, tell)
@@ -484,9 +521,8 @@ def _name_of(how):  # of the callback: whose snapshots are these?
 
 
 def _reuse(state, how, say):
-    have = checkpoints.snapshots(state)
-    if how.callback and state.s.steps - state.s.steps % how.every \
-            not in have and how.every <= state.s.steps:
+    due = range(how.every or 1, state.s.steps + 1, how.every or 1)
+    if how.callback and {*due} - {*checkpoints.seen(state)}:
         checkpoints.catch_up(state, how.every, how.callback, say)
     return _result(state, "reused", say)
 

@@ -380,14 +380,16 @@ def macs_by_module(
 @torch.no_grad()
 def _run_once(net, shape):
     "One evaluation of one image of zeros, in eval mode, traceless."
-    p, training = next(net.parameters()), net.training
+    p, modes = next(net.parameters()), [*net.modules()]
+    modes = [(m, m.training) for m in modes]  # each has its own
     x, t = p.new_zeros(1, *shape), p.new_zeros(1)
     second = hasattr(net, "config") and net.config().get("second_time")
     net.eval()
     try:
         net(x, t, t) if second else net(x, t)
     finally:
-        net.train(training)
+        for m, training in modes:
+            m.training = training
 
 
 def count_macs(

@@ -521,7 +521,7 @@ def test_distillation_works_in_one_dimension_and_helps():
         (dict(loss="l1"), r"loss='l1': choose of \['mse', 'huber', 'charbonnier'\]"),
         (dict(weight="snr"), "weight='snr': choose of"),
         (dict(rule="euler"), "rule='euler': choose of"),
-        (dict(steps=0), "steps=0: a whole number >= 1"),
+        (dict(steps=0), "steps = 0: a whole number >= 1"),
         (dict(steps=2.0), "steps=2.0"),
         (dict(ratio=0), "ratio=0"),
         (dict(anchor=-0.1), "anchor=-0.1: 0 or more"),

@@ -253,6 +253,11 @@ def test_a_training_of_constant_rate_is_the_beginning_of_a_longer_one(capsys):
     assert train(steps=4, decay=0.0).folder == short.folder
 
 
+def test_how_often_it_is_logged_does_not_hinder_a_longer_one():
+    train(steps=4, decay=0.0, log_every=1)
+    assert train(steps=8, decay=0.0, log_every=2).status == "resumed"
+
+
 def test_start_takes_weights():
     first = train(steps=4)
     tuned = train(steps=4, start="r", run="tuned", lr=1e-5)
@@ -558,6 +563,23 @@ DEN = dc.Denoiser(ZERO, dc.Linear(), "flow")
     (lambda: dc.sample(DEN, (2,), seeds=1.0, n=2), "seeds = 1.0"),
     (lambda: dc.uniform(2.0), "steps = 2.0"),
     (lambda: dc.uniform(True), "steps = True"),
+    (lambda: dc.sample(DEN, (2,), grid=dc.uniform, n=2), r"grid=<function uniform.*uniform\(20\)"),
+    (lambda: dc.sample(DEN, (2,), grid=None, n=2), r"grid=None: uniform\(20\)"),
+    (lambda: dc.sample(DEN, (2,), grid="cosine", n=2), r"grid='cosine': uniform\(20\)"),
+    (lambda: dc.sample(DEN, 2, n=2), r"shape=2: that of one sample"),
+    (lambda: dc.sample(DEN, (2,), x=np.ones((3, 2))), "x is ndarray: a tensor"),
+    (lambda: dc.sample(ZERO, (2,), n=2), "den is .*: a Denoiser is needed"),
+    (lambda: dc.invert(DEN, torch.ones(3, 2), grid=20), r"grid=20: uniform\(20\)"),
+    (lambda: dc.log_likelihood(DEN, torch.ones(3, 2), grid=20), r"grid=20: uniform\(20\)"),
+    (lambda: dc.make_pairs(DEN, 3, grid=20, shape=(2,)), r"grid=20: uniform\(20\)"),
+    (lambda: dc.score(torch.zeros(70, 1, 8, 8, dtype=torch.uint8)), r"uint8: floating point in \[-1, 1\]"),
+    (lambda: dc.score(np.zeros((70, 1, 8, 8))), "a tensor"),
+    (lambda: fit(dc.FlowMatching, Net(), X, "r", 3), r"loss is <class.*FlowMatching\(\)"),
+    (lambda: train(net=DEN), "net is .*: a network is needed"),
+    (lambda: train(callback=5, every=1), "callback is 5"),
+    (lambda: train(run=""), "run = ''"),
+    (lambda: train(run="../x"), "run = '../x'"),
+    (lambda: train(run="/x"), "run = '/x'"),
     (lambda: train(callback=lambda s, n: None), "without every="),
     (lambda: train(every=-1), "every = -1"),
     (lambda: train(keep_every=0.5), "keep_every = 0.5"),
@@ -669,3 +691,145 @@ def test_a_preview_where_there_is_no_callback(capsys):
     loss = dc.MeanFlowLoss()
     train(loss, net=two, data=dc.Images(x), every=2, run="mf")
     assert "no preview of this network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [
+    *[("run.json", text) for text in ("", "{", "[]", "null", "{}", '{"settings": {}}')],
+    *[("log.jsonl", text) for text in ("null\n", "{}\n", "5\n", "[]\n")],
+])
+def test_damaged_notes_of_a_run(name, text):
+    made = train(steps=4, decay=0.0)
+    (made.folder / "model.safetensors").unlink()
+    (made.folder / name).write_text(text)
+    assert train(steps=5, decay=0.0).status in ("trained", "resumed")  # beside it
+    again = train(steps=4, decay=0.0)
+    assert again.status == "resumed" and again.folder == made.folder
+
+
+def test_plain_weights_of_ones_own(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(Net().state_dict(), tmp_path / "w.safetensors")
+    den = dc.load(tmp_path / "w.safetensors", net=Net(3), path=dc.Linear(), predicts="flow")
+    assert den.predicts == "flow" and torch.equal(den.net.cpu().a.weight, Net().a.weight)
+
+
+def test_a_fresh_start_waits_for_who_trains():
+    first = train(steps=3)
+    asked = []
+
+    def callback(step, net):
+        with pytest.raises(RuntimeError, match="cannot train"):
+            train(steps=3, fresh=True)
+        asked.append((first.folder / "run.json").exists())
+
+    again = train(steps=3, fresh=True, every=3, callback=callback)
+    assert again.status == "trained" and asked == [True] and (again.folder / "model.safetensors").exists()
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_it_trains():
+    class Told(Net):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(TypeError, match="keeps _extra_state.*get_extra_state"):
+        train(net=Told())
+
+
+class Half(Net):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return super().forward(self.drop(x), t)
+
+
+def test_a_part_that_is_evaluated_stays_so():
+    net = Half()
+    net.drop.eval()
+    made = train(net=net)
+    assert net.training and not net.drop.training
+    plain, dropped = train(run="plain"), train(net=Half())
+    losses = [[e["loss"] for e in m.log] for m in (made, plain, dropped)]
+    assert losses[0] == losses[1] != losses[2] and dropped.folder != made.folder
+    assert train(net=Half().eval()).status == "reused"  # all of it in eval mode: it learns all the same
+
+
+class Noisy(dc.Images):
+    def batch(self, indices):
+        return super().batch(indices) + 0.5
+
+
+class Louder(dc.Images):
+    def batch(self, indices):
+        return super().batch(indices) + 0.7
+
+
+Louder.__name__ = Louder.__qualname__ = "Noisy"
+
+
+def test_a_batch_of_ones_own_shapes_the_training():
+    torch.manual_seed(0)
+    x = torch.rand(20, 1, 4, 4) * 2 - 1
+    kind = dict(size=4, base=8, mults=(1,), heads=2)
+
+    def made(data):
+        torch.manual_seed(0)
+        return train(net=dc.UNet(**kind), data=data, run="own")
+
+    assert made(Noisy(x)).status == "trained" and made(Noisy(x)).status == "reused"
+    assert made(Louder(x)).status == "trained"
+
+
+def test_data_with_no_more_than_it_must():
+    class Mine:
+        hash = "mine"
+
+        def __len__(self):
+            return 50
+
+        def batch(self, indices):
+            return X[torch.as_tensor(indices)]
+
+    assert train(data=Mine()).status == "trained" and train(data=Mine()).status == "reused"
+
+
+def test_a_callback_sees_what_it_missed(capsys):
+    every = dict(steps=6, every=2, keep_every=2)
+    first = lambda step, net: print(f"seen {step}")  # noqa: E731
+    train(**every, callback=first)
+    assert "seen 2" in capsys.readouterr().out
+    train(**every, callback=first)
+    assert "seen" not in capsys.readouterr().out
+    made = train(**every, callback=lambda step, net: torch.tensor([step]))
+    assert sorted(made.snapshots) == [2, 4, 6]
+
+
+def test_modes_of_parts_outlive_a_count():
+    net = dc.UNet(size=4, base=8, mults=(1,), heads=2, dropout=0.1)
+    part = next(m for m in net.modules() if isinstance(m, nn.Dropout))
+    part.eval()
+    dc.count_macs(net, (1, 4, 4))
+    assert net.training and not part.training
+
+
+def test_the_new_switch_of_tf32():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert train().status == "trained" and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_load_goes_where_the_machine_is_fast(monkeypatch):
+    monkeypatch.setattr(runs, "device", lambda: torch.device("meta"))
+    assert dc.load("digits/flow", "shipped").device.type == "meta"
+    assert dc.load("digits/flow", "shipped", device="cpu").device.type == "cpu"

@@ -410,7 +410,7 @@ def test_only_order_three_was_published_so(order):
 
 @pytest.mark.parametrize("nfe", [0, -3, 2.5, True, "4"])
 def test_budgets_that_do_not_exist(nfe):
-    bad(lambda: order_list(2, nfe), "an integer >= 1")
+    bad(lambda: order_list(2, nfe), "a whole number >= 1")
 
 
 def test_lists_of_another_length():

@@ -91,7 +91,7 @@ def test_flags_set_the_new_way_stay_too():
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"  # torch then refuses to tell the old flag
     try:
-        with module._tf32(False):
+        with module.tf32(False):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
@@ -110,7 +110,7 @@ def test_baseline_runs_without_tf32(net):
             seen.append(torch.backends.cuda.matmul.allow_tf32)
             return x * self.own.weight.sum()
 
-    with module._tf32(True):
+    with module.tf32(True):
         speed(Spy(), SHAPE, options=[], train=False, **CPU)
         assert torch.backends.cuda.matmul.allow_tf32
     assert seen and not any(seen)

@@ -145,3 +145,62 @@ def test_photographs_get_their_fid(folder, tmp_path, monkeypatch):
 def test_what_cannot_be_scored(x):
     with pytest.raises(ValueError, match=r"finite ones of \(1, 8, 8\)"):
         task("digits").score(x)
+
+
+def pictures(folder, n, size=20):
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        Image.new("RGB", (size, size), (i, 2 * i, 0)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_a_folder_is_read_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    folder = pictures(tmp_path / "mine", 40)
+    own = task(folder, 16)
+    assert len(own.images("all")) == 40
+    pictures(folder, 45)
+    assert len(own.images("all")) == 45
+
+
+def test_a_folder_with_the_name_of_a_task_is_another_task(tmp_path):
+    own = task(pictures(tmp_path / "faces", 2), 32)
+    assert own.name.startswith("faces32-") and task(tmp_path / "faces", 16).name == "faces16"
+
+
+def test_a_teacher_in_a_file_of_another_task(tmp_path):
+    from diffcourse import runs
+
+    net = task("faces64").net()
+    config = {"class": "UNet", "config": net.config()}
+    runs.save_tensors(tmp_path / "t.safetensors", net.state_dict(), {"net": config, "run": "faces64/flow"})
+    with pytest.raises(ValueError, match="of another task than celeba64"):
+        task("celeba64").teacher(str(tmp_path / "t.safetensors"))
+
+
+@pytest.mark.parametrize("size", [64, 72, 96, 128, 256])
+def test_folders_of_large_images_have_a_network(tmp_path, size):
+    net = task(pictures(tmp_path / "mine", 2), size).net(base=8, blocks=1, heads=2)
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, size, size), torch.zeros(1)).shape == (1, 3, size, size)
+
+
+def test_a_size_that_its_levels_do_not_divide(tmp_path):
+    with pytest.raises(ValueError, match="30"):
+        task(pictures(tmp_path / "mine", 2), 30).net()
+
+
+def test_a_folder_that_is_not_mirrored_and_has_broken_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    folder = pictures(tmp_path / "mine", 12)
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="skip_broken=True"):
+        task(folder, 16).images("all")
+    own = task(folder, 16, flip=False, skip_broken=True).images("all")
+    assert len(own) == 12 and not own.flip
+
+
+def test_what_a_training_keeps_is_told_with_its_settings():
+    assert task("digits").settings(keep_every=500, lr=1e-4)["keep_every"] == 500
+    with pytest.raises(ValueError, match="did you mean 'keep_every'"):
+        task("digits").settings(kept_every=5)
