@@ -97,7 +97,7 @@ def test_changing_what_came_back_changes_no_later_call():
     (lambda: data.digits("test"), "'test'; allowed are 'train', 'held_out', 'all'"),
     (lambda: data.digits("train", 12), "size is 12.*8.*16 and 32"),
     (lambda: data.mnist("validation"), "allowed are 'train'"),
-    (lambda: data.mnist(size=0), "size is 0"),
+    (lambda: data.mnist(size=0), "size = 0"),
 ])
 def test_wrong_arguments(call, match):
     with pytest.raises(ValueError, match=match):

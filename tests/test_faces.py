@@ -187,7 +187,7 @@ def test_draw_face():
 @pytest.mark.parametrize("bad, said", [
     ({"size": 48}, "size is 48; faces come in 32 and 64"), ({"size": 32.0}, "size is 32.0"), ({"split": "test"}, "split is 'test'; allowed are 'train', 'held_out'"),
     ({"n": 0}, "n = 0: a whole number >= 1"), ({"n": 2.0}, "n = 2.0"), ({"seed": -1}, "seed = -1: a whole number >= 0"),
-    ({"first": -1}, "first is -1"), ({"first": 10**9}, "a split has 1,000,000,000 faces"), ({"n": True}, "n is True")])
+    ({"first": -1}, "first = -1"), ({"first": 10**9}, "a split has 1,000,000,000 faces"), ({"n": True}, "n = True")])
 def test_faces_that_do_not_exist(bad, said):
     with pytest.raises(ValueError, match=said):
         faces(**{"n": 1, **bad})

@@ -166,7 +166,7 @@ def test_folders_that_are_none(tmp_path):
         files.image_folder(tmp_path / "a.txt")
     with pytest.raises(FileNotFoundError, match=r"no image in .*\.jpg \.jpeg \.png \.webp \.bmp \.gif"):
         files.image_folder(tmp_path)
-    for kwargs, match in (({"size": 0}, "size is 0"), ({"size": 8.5}, "size is 8.5"), ({"channels": 4}, "channels is 4")):
+    for kwargs, match in (({"size": 0}, "size = 0"), ({"size": 8.5}, "size = 8.5"), ({"channels": 4}, "channels is 4")):
         with pytest.raises(ValueError, match=match):
             files.image_folder(tmp_path, **kwargs)
 
