@@ -23,7 +23,8 @@ from .paths import Linear, Path, as_time, expand, patch_to
 from .playground import GaussianMixture
 from .playground import _double, _layers, _waves
 from .sampling import Denoiser, Euler, Grid, Noise
-from .sampling import Solver, as_grid, uniform
+from .grids import as_grid, uniform
+from .sampling import Solver
 from .sampling import sample as _sample
 from .unet import UNet
 
