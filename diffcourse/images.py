@@ -116,17 +116,20 @@ def preview(
     n: int = 36,  # samples
     steps: int = 20,  # of Euler's method
 ):  # -> callback for `fit`, or None where the loss does not say enough
-    "What looks at a network in training: samples from fixed noise."
+    """What looks at a network in training: samples from fixed noise.
+
+    A loss may say by `sampler`, a solver and a grid, how its network
+    is to be asked; otherwise it is Euler's method."""
     path, predicts = (
         getattr(loss, k, None) for k in ("path", "predicts")
     )
     if not isinstance(path, Path) or not isinstance(predicts, str):
         return None
-    grid = uniform(steps, start=0.999)  # where every prediction works
+    usual = Euler(), uniform(steps, start=0.999)  # works for all
+    solver, grid = getattr(loss, "sampler", usual)
 
     def look(step, net):
         den, own = Denoiser(net, path, predicts), range(n)
-        out = sample(den, shape, Euler(), grid, own, progress=False)
-        return out.x
+        return sample(den, shape, solver, grid, own, progress=False).x
 
     return look

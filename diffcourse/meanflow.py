@@ -230,6 +230,7 @@ class MeanFlowLoss:
     h: float = 0.01  # half width of the difference, in t
 
     path, predicts = Linear(), "flow"
+    sampler = MeanFlow(), uniform(1)  # how its network is asked
 
     def __post_init__(self):
         if self.derivative not in ("exact", "difference"):

@@ -195,6 +195,40 @@ def test_loss_is_zero_for_the_perfect_student_alone(path, predicts, rule):
         assert naive.shape == (64,) and naive.mean() > 1e-3
 
 
+@pytest.mark.parametrize("path", [LINE, VP.cosine()], ids=str)
+def test_a_step_of_two_evaluations(path):
+    "What counts is said halfway, where the first answer leads."
+    den, x0 = exact(path, "flow"), MIX.sample(64, 0)[:, None]
+    twice = dict(rule="midpoint", student_rule="midpoint")
+
+    def net(x, t):  # stands still first, so the half is x; then the slope of the whole step
+        first = (t * 10).round() % 2 == 0  # where steps begin: at even tenths
+        t, s = (t + 0.1).clamp(max=1), (t - 0.1).clamp(min=0)
+        y = follow(den, x, t, s, 2, "midpoint")
+        slope = (y - x) / (s - t)[:, None]
+        return torch.where(first[:, None], 0 * x, slope)
+
+    for name in LOSSES:
+        loss = Distillation(den, 5, 2, loss=name, **twice)
+        assert loss(net, x0, draws(x0)).max() < 1e-10 < 1e-5 < loss(den.net, x0, draws(x0)).mean()
+        one = Distillation(den, 5, 1, loss=name, **twice)  # a step for a step: the teacher is its student
+        assert one(den.net, x0, draws(x0)).max() < 1e-10
+    x = stratified_normal(21)[:, None]
+    found, want = (sample(d, (1,), *how, x=x) for d, how in (
+        (Denoiser(net, path, "flow"), loss.sampler), (den, (Midpoint(), uniform(10)))
+    ))
+    assert found.nfe == 10 and torch.allclose(found.x, want.x, atol=1e-9)
+
+
+def test_the_anchor_holds_what_is_said_first():
+    x0, own = MIX.sample(64, 0)[:, None], draws(MIX.sample(64, 0)[:, None])
+    plain, held = (Distillation(exact(), 5, rule="midpoint", student_rule="midpoint", anchor=a) for a in (0, 2.0))
+    t, eps = ((own.t() * 5).long() + 1) / 5, own.noise()
+    said = exact().net(LINE.add_noise(x0, eps, t), t)
+    pull = held(exact().net, x0, draws(x0)) - plain(exact().net, x0, draws(x0))
+    assert torch.allclose(pull, 2 * (said - (eps - x0)).square().flatten(1).mean(1), atol=1e-5)
+
+
 def test_states_are_noised_data_where_steps_begin():
     seen = []
 
@@ -490,6 +524,12 @@ def test_a_student_is_followed_by_the_steps_it_was_taught():
     five = fit(second, copy.deepcopy(ten.net).requires_grad_(True), images(), run="t/five", steps=3, **FEW)
     for found, own in zip(made, (ten, five)):
         assert same(found.net.state_dict(), own.net.state_dict())
+    _, (_, five) = train(teacher(), rule="midpoint", student_rule="midpoint")
+    both = dict(rule="midpoint", student_rule="midpoint")
+    ten = fit(Distillation(teacher(), 10, 2, **both), unet(0).requires_grad_(True), images(), run="t/ten", steps=3, **FEW)
+    second = Distillation(Denoiser(ten.net, LINE, "flow"), 5, 2, **both)
+    own = fit(second, copy.deepcopy(ten.net).requires_grad_(True), images(), run="t/five", steps=3, **FEW)
+    assert same(five.net.state_dict(), own.net.state_dict())
 
 
 def test_another_student_learns_in_the_last_stage():
@@ -521,6 +561,7 @@ def test_distillation_works_in_one_dimension_and_helps():
         (dict(loss="l1"), r"loss='l1': choose of \['mse', 'huber', 'charbonnier'\]"),
         (dict(weight="snr"), "weight='snr': choose of"),
         (dict(rule="euler"), "rule='euler': choose of"),
+        (dict(student_rule="heun"), r"student_rule='heun': choose of \['ddim', 'midpoint'\]"),
         (dict(steps=0), "steps = 0: a whole number >= 1"),
         (dict(steps=2.0), "steps = 2.0"),
         (dict(ratio=0), "ratio = 0"),
@@ -543,6 +584,8 @@ def test_teachers_that_cannot_be_followed():
     with pytest.raises(ValueError, match="has no value at some t"):
         follow(den, x, torch.ones(4), torch.full((4,), 0.8), rule="midpoint")
     assert follow(den, x, torch.ones(4), torch.full((4,), 0.8)).isfinite().all()
+    with pytest.raises(ValueError, match="no value at some t: take student_rule='ddim'"):
+        Distillation(den, 5, student_rule="midpoint")
 
 
 def test_a_teacher_on_a_table_is_followed():

@@ -122,5 +122,15 @@ def test_preview_is_silent_and_repeats(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_preview_asks_as_the_loss_says():
+    asked = []
+
+    class Loss:
+        path, predicts, sampler = dc.Linear(), "flow", (dc.Euler(), dc.uniform(3))
+
+    preview(Loss, (1, 8, 8), n=2)(0, lambda x, t: (asked.append(t[0].item()), x)[1])
+    assert asked == pytest.approx([1, 2 / 3, 1 / 3])
+
+
 def test_public_names():
     assert dc.save_images is save_images and dc.save_grid is save_grid
