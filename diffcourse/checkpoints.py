@@ -206,8 +206,12 @@ def trim_log(state):
 
 def write_log(state, **entry):
     "Add one line."
-    with open(state.folder / "log.jsonl", "a") as f:
-        f.write(json.dumps({"step": state.step, **entry}) + "\n")
+    file = state.folder / "log.jsonl"
+    try:
+        with open(file, "a") as f:
+            f.write(json.dumps({"step": state.step, **entry}) + "\n")
+    except OSError as e:
+        raise OSError(e.errno, runs.not_written(file, e)) from e
 
 # %% ../nbs/38_checkpoints.ipynb #7e04a399
 def _of_network(net):  # how `load` builds it again, or whose it is
@@ -334,18 +338,20 @@ def snapshots(state) -> dict:  # step -> tensor
 
 # %% ../nbs/38_checkpoints.ipynb #52ee6e00
 def catch_up(state, every: int, callback, say):
-    "Let a new callback see what is left of a training that is done."
+    "Let a new callback see what is left of what was trained so far."
     have, missing = seen(state), []
+    if have.keys() >= {*range(every, state.step + 1, every)}:
+        return
     for step in range(every, state.step + 1, every):
         file = state.folder / f"model-{step:07d}.safetensors"
         if step in have:
             continue
-        if step != state.step and not file.exists():
+        net, now = state.ema.net, state.step
+        if step == now and not file.exists():
+            file = state.folder / "model.safetensors"
+        if not file.exists():
             missing.append(step)
             continue
-        net, now = state.ema.net, state.step
-        if step == now:
-            file = state.folder / "model.safetensors"
         net.load_state_dict(runs.load_tensors(file)[0])
         state.step = step
         snapshot(state, callback)

@@ -7,7 +7,7 @@ __all__ = ['fingerprint', 'identify', 'differences']
 
 # %% ../nbs/37_identity.ipynb #487547d5
 import copyreg, dis, functools, hashlib, importlib
-import importlib.util, inspect, json, logging, sys, types
+import importlib.util, inspect, json, logging, os, sys, types
 
 import numpy as np
 import torch
@@ -62,9 +62,9 @@ def _is_library(module: str) -> bool:  # Python's, or installed
     top = module.partition(".")[0]
     if top in ("__main__", "diffcourse"):
         return False
-    if top in sys.stdlib_module_names:
-        return True
     file = getattr(sys.modules.get(top), "__file__", None) or ""
+    if top in sys.stdlib_module_names:  # or a file of yours: code.py
+        return not file or file.startswith(os.path.dirname(os.__file__))
     parts = file.replace("\\", "/").split("/")
     return "site-packages" in parts or "dist-packages" in parts
 

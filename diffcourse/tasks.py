@@ -7,6 +7,7 @@ __all__ = ['Task', 'images', 'net', 'settings', 'run', 'check_net', 'teacher', '
 
 # %% ../nbs/22_tasks.ipynb #73af724d
 import dataclasses, difflib, functools, hashlib, inspect, re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,6 +124,21 @@ def _to_load(task, name):  # what a teacher's name means for `load`
         _refuse_other(task, name, name)
     return found
 
+
+def _tell_other_images(task, run):  # two folders may have one name
+    from diffcourse import _local
+    from diffcourse.checkpoints import read_about
+
+    if task.name in _TASKS or not (folder := _local(run)):
+        return
+    then = read_about(folder).get("data", {}).get("hash")
+    if then and then != task.images().hash:
+        warnings.warn(
+            f"{run} was trained on other images than the folder of "
+            f"{task.name} has now",
+            stacklevel=3,
+        )
+
 # %% ../nbs/22_tasks.ipynb #5fd7a2c9
 def teacher(
     self,
@@ -135,7 +151,9 @@ def teacher(
     U-Net with its path; what `load` raises."""
     from diffcourse import load
 
-    den = load(_to_load(self, name), source=source)
+    found = _to_load(self, name)
+    den = load(found, source=source)
+    _tell_other_images(self, found)
     if not isinstance(getattr(den, "net", None), UNet):
         raise TypeError(
             f"teacher = {name!r} is {den}: a U-Net with its path, "

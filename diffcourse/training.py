@@ -507,6 +507,8 @@ def _fit(loss, net, data, run, s, acc, fresh, how):
             checkpoints.restore(state)
             return _reuse(state, how, tell)
         status = _resume(state, tell)
+        if how.callback:
+            checkpoints.catch_up(state, how.every, how.callback, tell)
         _train(loss, state, data, acc, progress, how)
         return _result(state, status, tell)
 
@@ -521,8 +523,7 @@ def _name_of(how):  # of the callback: whose snapshots are these?
 
 
 def _reuse(state, how, say):
-    due = range(how.every or 1, state.s.steps + 1, how.every or 1)
-    if how.callback and {*due} - {*checkpoints.seen(state)}:
+    if how.callback:
         checkpoints.catch_up(state, how.every, how.callback, say)
     return _result(state, "reused", say)
 

@@ -646,21 +646,26 @@ def test_real_images_can_be_scored(x):
         assert found.memorisation == 0  # copies
 
 
-def test_two_branches_that_change_different_cells_merge(tmp_path):
-    "The driver that `make hooks` installs; without it git merges lines and leaves markers."
+@pytest.mark.parametrize("installed", [True, False])
+def test_two_branches_that_change_different_cells_merge(tmp_path, installed):
+    "The driver that `make hooks` installs, in a folder with a space; without nbdev_merge git merges lines and leaves markers."
     import shutil
 
-    git = lambda *a, **k: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, capture_output=True, text=True, **k)
-    shutil.copy(ROOT / ".gitattributes", tmp_path)
-    file = tmp_path / "a.ipynb"
+    here = tmp_path / "a clone"
+    (here / ".venv/bin").mkdir(parents=True)
+    if installed:
+        (here / ".venv/bin/nbdev_merge").symlink_to(Path(sys.executable).with_name("nbdev_merge"))
+    git = lambda *a, **k: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=here, capture_output=True, text=True, **k)
+    shutil.copy(ROOT / ".gitattributes", here)
+    shutil.copy(ROOT / "Makefile", here)
+    file = here / "a.ipynb"
     cells = [{"cell_type": "code", "id": f"cell{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": [f"x{i} = 0"]} for i in range(3)]
     write = lambda: file.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}, indent=1))
     write()
-    git("init", "-q", "-b", "main"), git("add", "-A"), git("commit", "-qm", "one")
-    makefile = (ROOT / "Makefile").read_text()
-    driver = next(line for line in makefile.splitlines() if "merge.nbdev-merge.driver" in line).split("driver ", 1)[1].strip()
-    driver = driver.strip("'").replace("$$", "$").replace(".venv/bin/nbdev_merge", str(Path(sys.executable).with_name("nbdev_merge")))
-    assert git("config", "merge.nbdev-merge.driver", driver).returncode == 0
+    git("init", "-q", "-b", "main"), git("add", "a.ipynb", ".gitattributes"), git("commit", "-qm", "one")
+    lines = (ROOT / "Makefile").read_text().split("hooks: env")[1].split("\n\n")[0].replace("$$", "$")
+    commands = [line.strip().lstrip("@") for line in lines.splitlines() if "git config merge" in line]
+    assert len(commands) == 2 and all(subprocess.run(c, shell=True, cwd=here).returncode == 0 for c in commands)
 
     def branch(name, i, text):
         git("checkout", "-qb", name, "main")
@@ -675,7 +680,12 @@ def test_two_branches_that_change_different_cells_merge(tmp_path):
     text = file.read_text()
     assert "x0 = 1" in text and "x2 = 1" in text
     done = git("merge", "other", "-m", "o")
-    assert done.returncode == 1 and "<<<<<<<" in file.read_text() and "x0 = 2" in file.read_text()
+    assert done.returncode == 1 and "<<<<<<<" in (text := file.read_text()) and "x0 = 2" in text
+    if installed:
+        assert json.loads(text)  # its conflict is a notebook still
+    else:
+        with pytest.raises(ValueError):
+            json.loads(text)
 
 
 def test_a_preview_where_there_is_no_callback(capsys):
@@ -688,8 +698,14 @@ def test_a_preview_where_there_is_no_callback(capsys):
     assert Image.open(made.folder / "grid-0000004.png").size == (31, 31) and made.snapshots == {}
     two = dc.UNet(size=4, base=8, mults=(1,), heads=2, second_time=True)
     train(lambda net, x0, draw: net(x0, draw.t(), draw.t()).square().flatten(1).mean(1), net=two, data=dc.Images(x), every=2, run="no")
-    loss = dc.MeanFlowLoss()
-    train(loss, net=two, data=dc.Images(x), every=2, run="mf")
+    made = train(dc.MeanFlowLoss(), net=two, data=dc.Images(x), every=2, steps=2, run="mf")
+    assert (made.folder / "grid-0000002.png").exists()
+    assert "no preview" not in capsys.readouterr().out
+
+    class Loss(dc.MeanFlowLoss):
+        sampler = dc.Euler(), dc.uniform(2)
+
+    train(Loss(), net=two, data=dc.Images(x), every=2, steps=2, run="euler")
     assert "no preview of this network" in capsys.readouterr().out
 
 
@@ -833,3 +849,91 @@ def test_load_goes_where_the_machine_is_fast(monkeypatch):
     monkeypatch.setattr(runs, "device", lambda: torch.device("meta"))
     assert dc.load("digits/flow", "shipped").device.type == "meta"
     assert dc.load("digits/flow", "shipped", device="cpu").device.type == "cpu"
+
+
+def test_a_module_of_ones_own_with_a_name_of_pythons(tmp_path):
+    "A file code.py beside the notebook is code that is looked at; Python's own is not."
+    text = "class Loss:\n    def __call__(self, net, x0, draw):\n        return 1.0 * (net(x0, draw.t()) - x0).square().mean(1)\n"
+    run = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import code; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    run += "import torch, diffcourse as dc\nfrom torch import nn\ntorch.manual_seed(0)\n"
+    run += "class Net(nn.Linear):\n    def forward(self, x, t): return super().forward(x)\n"
+    run += "print(dc.fit(code.Loss(), Net(2, 2), torch.randn(64, 2), 't/code', 3, batch=8).status)"
+
+    def status(text):
+        (tmp_path / "code.py").write_text(text)
+        out = subprocess.run([sys.executable, "-B", "-c", run], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert out.returncode == 0, out.stderr[-1500:]
+        return out.stdout.split()[-1]
+
+    assert [status(text), status("# said\n" + text), status(text.replace("1.0", "2.0"))] == ["trained", "reused", "trained"]
+
+
+def test_a_new_callback_after_an_interruption(capsys):
+    import signal
+
+    def first(step, net):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return torch.zeros(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(steps=8, every=2, keep_every=4, callback=first)
+    made = train(steps=8, every=2, keep_every=4, callback=lambda step, net: torch.full((1,), float(step)))
+    assert made.status == "resumed" and {k: v.item() for k, v in made.snapshots.items()} == {4: 4, 6: 6, 8: 8}
+    assert "has not seen iterations 2 to 2" in capsys.readouterr().out
+    assert torch.equal(made.net.out.weight, train(steps=8, run="whole").net.out.weight)
+
+
+@pytest.mark.parametrize("what", ["model-", "snapshot-", "log.jsonl", "run.json"])
+def test_a_disk_that_fills(what, monkeypatch):
+    "Whatever could not be written is named, and the training goes on later, bit for bit."
+    real, tries = os.replace, []
+
+    def fails(file):
+        if what in str(file) and ".tmp" not in str(file):
+            tries.append(file)
+            return len(tries) == {"run.json": 1, "log.jsonl": 5}.get(what, 2)
+
+    def replace(a, b):
+        if fails(b):
+            raise OSError(28, "No space left on device")
+        return real(a, b)
+
+    def opened(file, mode="r", *more, **kw):
+        if mode == "a" and fails(file):
+            raise OSError(28, "No space left on device")
+        return open(file, mode, *more, **kw)
+
+    more = dict(steps=8, every=2, keep_every=2, callback=lambda step, net: torch.ones(1), save_every=0)
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", replace)
+        full.setattr(checkpoints, "open", opened, raising=False)
+        with pytest.raises(OSError, match=f"cannot write .*{what}.*No space left.*Free some space"):
+            train(**more)
+    after = train(**more)
+    assert after.status == ("trained" if what == "run.json" else "resumed")
+    whole = train(run="whole", **more)
+    assert torch.equal(after.net.out.weight, whole.net.out.weight) and after.snapshots.keys() == whole.snapshots.keys()
+    assert [e["loss"] for e in after.log] == [e["loss"] for e in whole.log]
+
+
+def test_the_state_of_another_network():
+    made = train(steps=4)
+    for name in ("model.safetensors", "log.jsonl"):
+        (made.folder / name).unlink()
+    other = train(net=Net(seed=1), run="other", steps=3)
+    tensors, meta = runs.load_tensors(other.folder / "state.safetensors")
+    tensors = {k: torch.zeros(3, 3) if k.startswith("net.") else v for k, v in tensors.items()}
+    runs.save_tensors(made.folder / "state.safetensors", tensors, meta)
+    with pytest.raises(ValueError, match="(?s)state.safetensors is no state of this training.*fresh=True"):
+        train(steps=4)
+    assert train(steps=4, fresh=True).status == "trained"
+
+
+def test_a_precision_that_the_device_lacks_stops_before_training(monkeypatch, home):
+    monkeypatch.setattr("diffcourse.settings.lacks", lambda precision, device: f"{device} has no {precision}")
+    with pytest.raises(ValueError, match="cpu has no fp16"):
+        train(precision="fp16")
+    with pytest.raises(ValueError, match="precision = 'fp8': one of"):
+        train(precision="fp8")
+    assert not list(home.rglob("run.json"))

@@ -204,3 +204,20 @@ def test_what_a_training_keeps_is_told_with_its_settings():
     assert task("digits").settings(keep_every=500, lr=1e-4)["keep_every"] == 500
     with pytest.raises(ValueError, match="did you mean 'keep_every'"):
         task("digits").settings(kept_every=5)
+
+
+def test_two_folders_of_one_name(tmp_path, monkeypatch, recwarn):
+    "Their runs have one name: a teacher of the other's images is used, and said."
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    tasks = []
+    for place, n in (("here", 9), ("there", 12)):
+        (tmp_path / place / "faces").mkdir(parents=True)
+        pictures(tmp_path / place / "faces", n)
+        tasks.append(task(str(tmp_path / place / "faces"), 8))
+    net = dc.UNet(3, 8, base=8, mults=(1,), attention=(), heads=2)
+    dc.fit(dc.FlowMatching(), net, tasks[0].images(), tasks[0].run("flow"), 2, batch=2)
+    recwarn.clear()
+    tasks[0].teacher("flow")
+    assert not recwarn
+    with pytest.warns(UserWarning, match="was trained on other images than the folder of"):
+        tasks[1].teacher("flow")
