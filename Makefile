@@ -9,8 +9,8 @@ help:  ## this list
 	@awk -F ':[^#]*## *' '/^[a-z]+:.*##/ {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env:  ## install everything into .venv, once (TORCH_INDEX=URL takes torch from there)
-	@command -v $(PYTHON) >/dev/null || { echo "make env: no $(PYTHON): install Python 3.11 or newer"; exit 1; }
-	@$(PYTHON) book/env.py
+	@command -v "$(PYTHON)" >/dev/null || { echo "make env: no $(PYTHON): install Python 3.11 or newer"; exit 1; }
+	@"$(PYTHON)" book/env.py
 
 book: env  ## run what is out of date and build the site in build/site
 	@$(RUN) book
@@ -42,7 +42,7 @@ weights: env  ## publish the trained runs of build/digits as the package's weigh
 serve:  ## show build/site at http://localhost:8000 (PORT=)
 	@test -f build/site/index.html || { echo "make serve: there is no site yet: make book"; exit 1; }
 	@echo "http://localhost:$(or $(PORT),8000)"
-	@$(PYTHON) -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory build/site
+	@"$(PYTHON)" -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory build/site
 
 sync: env  ## export the modules and clean the notebooks
 	@$(RUN) sync

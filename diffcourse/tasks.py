@@ -124,7 +124,7 @@ def _to_load(task, name):  # what a teacher's name means for `load`
         _refuse_other(task, name, name)
     return found
 
-
+# %% ../nbs/22_tasks.ipynb #d05b6f18
 def _tell_other_images(task, run):  # two folders may have one name
     from diffcourse import _local
     from diffcourse.checkpoints import read_about
