@@ -18,7 +18,7 @@ book: env  ## run what is out of date and build the site in build/site
 test: env  ## check sync, run all notebooks small, pytest, build that run strictly
 	@$(RUN) sync --check
 	@$(RUN) smoke
-	@.venv/bin/python -m pytest
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 	@$(RUN) site smoke
 
 smoke: env  ## run all notebooks at a small size into build/smoke (FORCE=1: all of them again)

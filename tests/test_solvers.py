@@ -46,7 +46,7 @@ def in_t(path, n):
 
 
 @pytest.mark.parametrize(
-    "path, grid", [(SMOOTH[0], in_t), (SMOOTH[1], in_t), (SMOOTH[2], in_lam)], ids=repr
+    "path, grid", [(SMOOTH[0], in_t), (SMOOTH[1], in_t), (SMOOTH[2], in_lam)], ids=lambda v: getattr(v, "__name__", repr(v))
 )
 @pytest.mark.parametrize(
     "solver, order",
