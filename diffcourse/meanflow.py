@@ -262,8 +262,8 @@ def __call__(
         else:
             rate = difference(net, x, t, r, v, self.h)
             u = net(x, t, r)
-        if x.device.type == "cpu":  # elsewhere a value must be waited
-            _must_be_finite(rate, t, self.derivative)  # for
+        if x.device.type == "cpu":  # a GPU would have to wait for it
+            _must_be_finite(rate, t, self.derivative)
         target = (v - expand(t - r, x) * rate).detach()
         square = (u - target).square().flatten(1).mean(1)
         return square / (square.detach() + self.c) ** self.power

@@ -665,6 +665,10 @@ def test_teacher_of_another_shape_than_the_data():
         (dict(steps="3"), "choose of [10, 5, 4, 2, 1]"),
         (dict(data="faces32", teacher="digits/flow"), "'digits/flow' is of another task than faces32"),
         (dict(teacher="distilled-10"), "knows its own 10 steps alone: teacher_steps = 10"),
+        (
+            dict(teacher="distilled-10", teacher_steps="10", target="student", rule="midpoint"),
+            "give rule and student_rule alike, not 'midpoint' and 'ddim'",
+        ),
     ],
 )
 def test_page_stops_at_what_does_not_fit(given, said, tmp_path):
