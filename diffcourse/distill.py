@@ -256,19 +256,6 @@ def __call__(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
         total = total + self.anchor * own
     return total
 
-# %% ../nbs/06_distill.ipynb #a7c31e52
-@patch_to(Distillation)
-def _answer(self, net, said, x, t, y, s):
-    "What the student's step says, what it should say, and its name."
-    path, own = self.path, self.predicts
-    if self.student_rule == "ddim":
-        return said, landing(path, own, x, t, y, s), own
-    h, mid = expand(s - t, x), (t + s) / 2
-    half = x + h / 2 * Prediction(x, t, said, own, path).flow
-    out = net(half, mid).float()
-    flow = Prediction(half, mid, out, own, path).flow
-    return flow, (y - x) / h, "flow"
-
 # %% ../nbs/06_distill.ipynb #66cb9880
 def _move(den, device):  # a teacher goes where its student is
     if den.device != device and hasattr(den.net, "to"):
@@ -291,6 +278,19 @@ def _seen(self, out, x, t, y, s):  # -> (B,) distance of the features
         net(lands, s)
         d = (middle.out.float() - want).square().flatten(1).mean(1)
     return d / (want.square().flatten(1).mean(1) + 1e-6)
+
+# %% ../nbs/06_distill.ipynb #a7c31e52
+@patch_to(Distillation)
+def _answer(self, net, said, x, t, y, s):
+    "What the student's step says, what it should say, and its name."
+    path, own = self.path, self.predicts
+    if self.student_rule == "ddim":
+        return said, landing(path, own, x, t, y, s), own
+    h, mid = expand(s - t, x), (t + s) / 2
+    half = x + h / 2 * Prediction(x, t, said, own, path).flow
+    out = net(half, mid).float()
+    flow = Prediction(half, mid, out, own, path).flow
+    return flow, (y - x) / h, "flow"
 
 # %% ../nbs/06_distill.ipynb #cf84cb3b
 def stages(
