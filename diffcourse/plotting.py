@@ -114,6 +114,7 @@ def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
                    label=name, zorder=1)
     if logx:
         ax.set_xscale("log")
+        _plain(ax)
     if logy:
         ax.set_yscale("log")
     if ax.get_subplotspec().is_last_row():
@@ -122,6 +123,13 @@ def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
         ax.set_ylabel(ylabel)
     if title:
         ax.set_title(title)
+
+def _plain(ax):  # 5, 10, 20 in place of powers, where points are few
+    lines = [x for x in ax.lines if x.get_transform() == ax.transData]
+    at = sorted({float(x) for line in lines for x in line.get_xdata()})
+    if 1 < len(at) <= 10 and all(x == round(x) > 0 for x in at):
+        ax.set_xticks(at, [f"{x:,.0f}" for x in at])
+        ax.set_xticks([], minor=True)
 
 # %% ../nbs/17_plotting.ipynb #064ff9db
 def losses(

@@ -65,7 +65,7 @@ def test_the_published_third_order_is_second(path):
     assert abs(slope(path, DPMpp(3), in_lam, 80, 160) - 3) < 0.2
 
 
-def theirs(kind, steps, schedule, **more):
+def theirs(kind, steps, schedule, zero=None, **more):
     """A scheduler of diffusers, its noise levels in float64, and our grid of its times."""
     import diffusers
 
@@ -74,7 +74,8 @@ def theirs(kind, steps, schedule, **more):
     path = VP.table(scheduler.betas)
     times = [(stamp + 1) / 1000 for stamp in scheduler.timesteps.tolist()]
     level = torch.stack([path.sigma(t) / path.alpha(t) for t in times])
-    last = level.new_zeros(1) if more.get("final_sigmas_type", "zero") == "zero" else None
+    zero = more.get("final_sigmas_type", "zero") == "zero" if zero is None else zero
+    last = level.new_zeros(1) if zero else None
     if last is None:
         times = times + [1 / 1000]
         last = (path.sigma(1 / 1000) / path.alpha(1 / 1000))[None]
