@@ -20,8 +20,8 @@ _names = {
     "files": "Files image_folder",
     "real_faces": "celeba",
     "unet": "UNet count_parameters count_macs",
-    "grids": "Grid uniform quadratic cosine logsnr trailing leading "
-    "linspace explicit",
+    "grids": "Grid uniform quadratic cosine logsnr karras shifted "
+    "trailing leading linspace explicit",
     "batches": "",
     "sampling": "Denoiser Solver Euler sample Samples",
     "fast": "make_fast",
@@ -44,6 +44,9 @@ _names |= {
     "ddim": "DDIM invert slerp",
     "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
     "solvers": "Heun Midpoint RK4 AB2 DPMSolver DPMpp order_list",
+    "multistep": "DEIS IPNDM PNDM UniPC",
+    "stochastic": "EDM SDEDPMpp",
+    "adaptive": "RK45",
     "distill": "Distillation compact",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs trainable",
@@ -53,6 +56,7 @@ _names |= {
     "pictures": "",
     "timing": "measure NetworkTime",
     "records": "read_records",
+    "inference": "Effect effect decide",
     "experiments": "",
     "faces": "FaceLaw draw_face",
     "portraits": "",
