@@ -124,12 +124,16 @@ def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
     if title:
         ax.set_title(title)
 
+# %% ../nbs/17_plotting.ipynb #9fb49c99
 def _plain(ax):  # 5, 10, 20 in place of powers, where points are few
     lines = [x for x in ax.lines if x.get_transform() == ax.transData]
     at = sorted({float(x) for line in lines for x in line.get_xdata()})
-    if 1 < len(at) <= 10 and all(x == round(x) > 0 for x in at):
-        ax.set_xticks(at, [f"{x:,.0f}" for x in at])
-        ax.set_xticks([], minor=True)
+    if not 1 < len(at) <= 12 or any(x != round(x) or x < 1 for x in at):
+        return
+    apart, kept = (at[-1] / at[0]) ** 0.05, at[:1]
+    kept += [x for a, x in zip(at, at[1:]) if x > a * apart]
+    ax.set_xticks(kept, [f"{x:,.0f}" for x in kept])
+    ax.set_xticks([], minor=True)
 
 # %% ../nbs/17_plotting.ipynb #064ff9db
 def losses(

@@ -296,7 +296,7 @@ def _in_batches(solve, den, shape, seeds, n, x, batch, progress):
 
     size = n if cloud else batch
     parts = in_batches(make, n, size, shape, device, progress)
-    return torch.cat(parts, 1), spent[0]
+    return torch.cat(parts, 1), max(spent)
 
 
 _ONE_CLOUD = (

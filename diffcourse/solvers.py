@@ -13,7 +13,7 @@ from .paths import Path, patch_to
 from .sampling import Denoiser, Solver
 
 # %% ../nbs/05_solvers.ipynb #6bdc5e61
-def _flow(den, x, t):
+def flow_at(den, x, t):
     "The flow at t, or an error where the path gives it no value."
     if not math.isfinite(den.path.dalpha(t) + den.path.dsigma(t)):
         raise ValueError(
@@ -24,7 +24,7 @@ def _flow(den, x, t):
     return den.flow(x, t)
 
 # %% ../nbs/05_solvers.ipynb #829e34a3
-def _sees(den, s):
+def can_look(den, s):
     "Whether we look at the flow at the end s of a step."
     if den.predicts == "flow":
         return True
@@ -47,9 +47,9 @@ class Heun(Solver):
 
     def step(self, den: Denoiser, x, t, s, noise):
         "Euler's step, then once more with the mean of two slopes."
-        h, here = s - t, _flow(den, x, t)
+        h, here = s - t, flow_at(den, x, t)
         euler = x + h * here
-        if not _sees(den, s):
+        if not can_look(den, s):
             return euler
         return x + h / 2 * (here + den.flow(euler, s))
 
@@ -63,7 +63,7 @@ class Midpoint(Solver):
     def step(self, den: Denoiser, x, t, s, noise):
         "Half a step of Euler's to find the slope, then the whole."
         half = (s - t) / 2
-        middle = x + half * _flow(den, x, t)
+        middle = x + half * flow_at(den, x, t)
         return x + 2 * half * den.flow(middle, t + half)
 
 # %% ../nbs/05_solvers.ipynb #10b37b9f
@@ -78,10 +78,10 @@ class RK4(Solver):
 
     def step(self, den: Denoiser, x, t, s, noise):
         "Four slopes with the weights 1, 2, 2, 1."
-        if not _sees(den, s):
+        if not can_look(den, s):
             return Midpoint().step(den, x, t, s, noise)
         h, mid = s - t, t + (s - t) / 2
-        k1 = _flow(den, x, t)
+        k1 = flow_at(den, x, t)
         k2 = den.flow(x + h / 2 * k1, mid)
         k3 = den.flow(x + h / 2 * k2, mid)
         k4 = den.flow(x + h * k3, s)
@@ -105,7 +105,7 @@ class AB2(Solver):
 
     def step(self, den: Denoiser, x, t, s, noise):
         "Extend the line through two slopes to the middle of the step."
-        h, here, old = s - t, _flow(den, x, t), self._slope
+        h, here, old = s - t, flow_at(den, x, t), self._slope
         slope = here
         if old is not None and self._at == t:
             slope = here + h / self._h / 2 * (here - old)
