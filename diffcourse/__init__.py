@@ -47,9 +47,14 @@ _names |= {
     "multistep": "DEIS IPNDM PNDM UniPC",
     "stochastic": "EDM SDEDPMpp",
     "adaptive": "RK45",
+    "tuned": "TwoStage Multistep",
     "distill": "Distillation compact",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs trainable",
+}
+
+# %% ../nbs/10_diffcourse.ipynb #bdb6b6ef
+_names |= {
     "leaderboard": "",
     "evaluation": "DigitClassifier score Score fd kid",
     "inception": "fid Fidelity",
