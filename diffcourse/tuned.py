@@ -87,7 +87,7 @@ class Multistep(Solver):
 
     def __init__(
         self,
-        weights,  # a row of numbers a step, that of the newest slope first
+        weights,  # a row of numbers a step, newest slope first
     ):
         self.weights = tuple(tuple(map(float, row)) for row in weights)
         if not self.weights or any(
@@ -184,8 +184,7 @@ def optimised_grid(
 
     z = (times.diff() / times.diff()[-1]).log()[:-1]
     first = torch.cat([z[None], z + 0.5 * torch.eye(len(z))]).numpy()
-    how = dict(maxfev=runs.whole("tried", tried), xatol=1e-3)
-    how["initial_simplex"] = first
+    how = dict(maxfev=runs.whole("tried", tried), initial_simplex=first)
     found = minimize(error, first[0], method="Nelder-Mead", options=how)
     return _divided(found.x, *ends)  # on these noises never worse
 
