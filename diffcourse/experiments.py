@@ -28,6 +28,7 @@ from .records import versions
 from .sampling import Euler, Solver
 from .sampling import cosine, explicit, leading, linspace
 from .sampling import logsnr, quadratic, trailing, uniform
+from .grids import karras, shifted
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint, order_list
 from .training import Settings
@@ -281,6 +282,8 @@ GRIDS = {
         leading,
         linspace,
         trailing,
+        karras,
+        shifted,
     )
 }
 

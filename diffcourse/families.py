@@ -33,6 +33,10 @@ from .sampling import sample, uniform
 from .settings import Settings, learning_rate
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint
+from .adaptive import RK45
+from .multistep import DEIS, IPNDM, PNDM, UniPC
+from .stochastic import EDM, SDEDPMpp
+from .tuned import Multistep, TwoStage
 from .training import fit
 from .unet import UNet, count_parameters
 
@@ -215,6 +219,16 @@ _RULES = {
     "DPMSolver": [DPMSolver(k) for k in (1, 2, 3)],
     "DPMpp": [*map(DPMpp, (1, 2, 3)), DPMpp(3, published=True)],
     "MeanFlow": [MeanFlow()],
+    "DEIS": [DEIS(1), DEIS(2), DEIS(3, clock="t")]
+    + [DEIS(3, "data", "t")],
+    "IPNDM": [IPNDM(2), IPNDM()],
+    "PNDM": [PNDM()],
+    "UniPC": [UniPC(2), UniPC(3), UniPC(2, "bh1")],
+    "EDM": [EDM(), EDM(4.0)],
+    "SDEDPMpp": [SDEDPMpp(1), SDEDPMpp(2)],
+    "RK45": [RK45()],
+    "TwoStage": [TwoStage(), TwoStage(0.4, 1.3)],
+    "Multistep": [Multistep([[-0.1], *[[-0.2, 0.1]] * 5])],
 }
 
 # %% ../nbs/30_families.ipynb #c8b5c4d6

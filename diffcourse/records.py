@@ -55,11 +55,12 @@ VERSIONS = {  # raised when the family computes something else
 
 # %% ../nbs/26_records.ipynb #dca8b7d8
 _SOLVERS = "DDPM DDIM Euler Heun Midpoint RK4 AB2 DPMSolver DPMpp"
+_SOLVERS += " MeanFlow DEIS IPNDM PNDM UniPC EDM SDEDPMpp RK45"
+_SOLVERS += " TwoStage Multistep"
 _GRIDS = "uniform quadratic cosine clipped late line leading"
-VERSIONS |= dict.fromkeys([*_SOLVERS.split(), "MeanFlow"], 1)
-VERSIONS |= {
-    f"grid {g}": 1 for g in [*_GRIDS.split(), "linspace", "trailing"]
-}
+_GRIDS += " linspace trailing karras shifted"
+VERSIONS |= dict.fromkeys(_SOLVERS.split(), 1)
+VERSIONS |= {f"grid {g}": 1 for g in _GRIDS.split()}
 
 # %% ../nbs/26_records.ipynb #5b46d2b8
 def versions(

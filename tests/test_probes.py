@@ -77,7 +77,9 @@ CHANGES = [
         ("ClassifierLoss", "evaluation"))),
     *((k, f"{m}.{k}.step", step) for k, m in (
         ("DDPM", "ddpm"), ("DDIM", "ddim"), ("Euler", "sampling"), ("MeanFlow", "meanflow"),
-        *((k, "solvers") for k in ("Heun", "Midpoint", "RK4", "AB2", "DPMSolver", "DPMpp")))),
+        *((k, "solvers") for k in ("Heun", "Midpoint", "RK4", "AB2", "DPMSolver", "DPMpp")),
+        *((k, "multistep") for k in ("DEIS", "IPNDM", "PNDM", "UniPC")),
+        *((k, "stochastic") for k in ("EDM", "SDEDPMpp")), ("RK45", "adaptive"), ("TwoStage", "tuned"), ("Multistep", "tuned"))),
     *((f"grid {k}", k, times) for k in fa.GRIDS),
 ]
 
