@@ -66,6 +66,8 @@ _names |= {
     "faces": "FaceLaw draw_face",
     "portraits": "",
     "faces_judge": "FaceJudge FaceScore judge_faces",
+    "judges": "PixelJudge EdgeJudge",
+    "yardstick": "",
     "speed": "",
     "plotting": "",
     "style": "",
@@ -185,6 +187,8 @@ _NETWORKS = {  # what a file may ask for -> its module
     "WithFake": "meanflow",
     "DigitClassifier": "evaluation",
     "FaceJudge": "faces_judge",
+    "PixelJudge": "judges",
+    "EdgeJudge": "judges",
 }
 
 # %% ../nbs/10_diffcourse.ipynb #c82e1290
