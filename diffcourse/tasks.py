@@ -42,6 +42,8 @@ class Task:
     network: dict = field(default_factory=dict)  # of UNet
     training: dict = field(default_factory=dict)  # of Settings
     judge: object = None  # judge(x) -> score that prints itself
+    least: int = 65  # images that it needs: one more than features
+    most: int | None = None  # images that it can score; None: any
     features: object = None  # features(x) -> (n, d), for FD
 
     @property
@@ -166,9 +168,6 @@ def teacher(
 Task.teacher = teacher
 
 # %% ../nbs/22_tasks.ipynb #5be2f803
-_LEAST = 65  # images: a distance in 64 features takes one more
-
-
 @dataclass(frozen=True)
 class NoScore:
     "What is said in place of a score."
@@ -187,8 +186,11 @@ def why_no_score(
 ) -> str | None:
     "The reason why n images would have no score; None: they have one."
     if self.judge:
-        few = f"{n} images are too few, {_LEAST} are needed"
-        return few if n < _LEAST else None
+        if n < self.least:
+            return f"{n} images are too few, {self.least} are needed"
+        if self.most and n > self.most:
+            return f"{n} images have no floor, {self.most} at most do"
+        return None
     from diffcourse.inception import LEAST, weights_file
 
     if self.channels == 1:
@@ -246,6 +248,21 @@ def _features_of_digits(x):
 def _mnist(size, split):
     return sets.mnist5k(split, size)
 
+# %% ../nbs/22_tasks.ipynb #0fea7c91
+def _judge_mnist(x):
+    from diffcourse.yardstick import yardstick
+
+    try:
+        return yardstick().measure(x)
+    except ValueError as e:  # a class is lost
+        return NoScore(str(e))
+
+
+def _features_of_mnist(x):
+    from diffcourse.judges import judge
+
+    return judge("pixels").look(x)[0]
+
 # %% ../nbs/22_tasks.ipynb #3e22afcd
 _HELD_OUT = 2_000  # drawn faces that no training sees
 
@@ -296,13 +313,14 @@ _REFERENCE = dict(
 _TASKS = {
     "digits": Task(
         "digits", 1, 8, _digits, {}, dict(steps=1500),
-        _judge_digits, _features_of_digits),
+        _judge_digits, features=_features_of_digits),
     "mnist14": Task(
         "mnist14", 1, 14, functools.partial(_mnist, 14),
         dict(base=32, attention=(7,)), _SMALL),
     "mnist28": Task(
         "mnist28", 1, 28, functools.partial(_mnist, 28),
-        dict(base=16, mults=(1, 2, 2), attention=(7,)), _SMALL),
+        dict(base=16, mults=(1, 2, 2), attention=(7,)), _SMALL,
+        _judge_mnist, 113, 1996, _features_of_mnist),
     "faces32": Task(
         "faces32", size=32, read=functools.partial(_faces, 32),
         network=dict(base=44, mults=(1, 2, 2), attention=(8, 4),

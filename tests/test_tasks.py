@@ -113,18 +113,20 @@ def test_judges():
     x = task("faces32").images("held_out").x[:100]
     assert task("faces32").judge(x).valid > 0.85 and task("faces32").features(x).shape == (100, 64)
     assert task("digits").judge(task("digits").images("held_out").x[:100]).fd > 0
-    assert task("mnist28").judge is None and all(t.name == k for k, t in _TASKS.items())
+    assert task("mnist14").judge is None and all(t.name == k for k, t in _TASKS.items())
 
 
 def test_scores():
     faces = task("faces32").images("held_out").x[:100]
     digits = task("digits").images("held_out").x[:100]
-    for name, x, words in (("faces32", faces, "% valid"), ("digits", digits, "memorisation")):
+    mnist = task("mnist28").images("held_out").x[:200]
+    for name, x, words in (("faces32", faces, "% valid"), ("digits", digits, "memorisation"), ("mnist28", mnist, "recall")):
         score = task(name).score(x)
-        assert score == task(name).judge(x) and words in str(score) and score.headline.endswith(" F") and task(name).why_no_score(100) is None
+        assert score == task(name).judge(x) and words in str(score) and " F" in score.headline and task(name).why_no_score(len(x)) is None
 
 
-@pytest.mark.parametrize("name, n, words", [("digits", 64, "64 images are too few, 65"), ("faces64", 5, "5 images"), ("mnist28", 5000, "mnist28 has no judge"),
+@pytest.mark.parametrize("name, n, words", [("digits", 64, "64 images are too few, 65"), ("faces64", 5, "5 images"), ("mnist14", 5000, "mnist14 has no judge"),
+                                            ("mnist28", 112, "112 images are too few, 113"), ("mnist28", 5000, "5000 images have no floor, 1996 at most"),
                                             ("celeba64", 999, "FID needs 1,000"), ("celeba64", 1000, "Inception's weights are not in .*inception_weights()")])
 def test_no_score_is_said(name, n, words, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -139,6 +141,12 @@ def test_photographs_get_their_fid(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "fid", lambda *given: seen.append(given) or "FID")
     x = torch.zeros(1000, 3, 16, 16)
     assert t.score(x, tmp_path / "w.pth") == "FID" and seen == [(x, t, tmp_path / "w.pth")]
+
+
+def test_a_lost_class_is_no_score_and_no_crash():
+    images = task("mnist28").images("train")
+    found = task("mnist28").score(images.x[images.y == 1][:150])
+    assert "no score: no sample of 150 is of class" in str(found) and task("mnist28").features(images.x[:5]).shape == (5, 112)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(100, 3, 8, 8), torch.full((100, 1, 8, 8), torch.nan)])
