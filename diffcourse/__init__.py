@@ -49,6 +49,7 @@ _names |= {
     "adaptive": "RK45",
     "tuned": "TwoStage Multistep",
     "distill": "Distillation compact",
+    "consistency": "Consistency Renoise",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs trainable",
 }

@@ -21,6 +21,7 @@ class Draws:
     "What is random in one iteration, for rows lo to hi of its batch."
 
     def __init__(self, seed, step, batch, lo, hi, like):
+        self.step = step  # from 0; for what changes as training goes on
         self._key, self._batch = (seed, step), batch
         self._rows, self._like, self._calls = slice(lo, hi), like, 0
 
