@@ -34,6 +34,7 @@ from .settings import Settings, learning_rate
 from .solvers import AB2, RK4, DPMpp, DPMSolver, Heun
 from .solvers import Midpoint
 from .adaptive import RK45
+from .consistency import Consistency, Renoise
 from .multistep import DEIS, IPNDM, PNDM, UniPC
 from .stochastic import EDM, SDEDPMpp
 from .tuned import Multistep, TwoStage
@@ -189,6 +190,12 @@ def _drift():
     return {str(loss): (loss, _net(), x) for loss in cases}
 
 
+def _consistent():
+    den, x = Denoiser(_net(1), Linear(), "flow"), digits("train")
+    cases = Consistency(4), Consistency(4, den), Consistency(2, c=0.3)
+    return {f"case {i}": (c, _net(), x) for i, c in enumerate(cases)}
+
+
 def _classifier():
     torch.manual_seed(0)
     net, x = judge.DigitClassifier(8), judge.Labelled(digits("train"))
@@ -203,6 +210,7 @@ LOSSES = {
     "Reflow": _paired(Reflow),
     "DistributionMatching": _matching,
     "Drift": _drift,
+    "Consistency": _consistent,
     "ClassifierLoss": _classifier,
 }
 
@@ -229,6 +237,7 @@ _RULES = {
     "RK45": [RK45()],
     "TwoStage": [TwoStage(), TwoStage(0.4, 1.3)],
     "Multistep": [Multistep([[-0.1], *[[-0.2, 0.1]] * 5])],
+    "Renoise": [Renoise()],
 }
 
 # %% ../nbs/30_families.ipynb #c8b5c4d6

@@ -50,13 +50,14 @@ VERSIONS = {  # raised when the family computes something else
     "Reflow": 1,
     "DistributionMatching": 1,
     "Drift": 1,
+    "Consistency": 1,
     "ClassifierLoss": 1,  # of the second judge
 }
 
 # %% ../nbs/26_records.ipynb #dca8b7d8
 _SOLVERS = "DDPM DDIM Euler Heun Midpoint RK4 AB2 DPMSolver DPMpp"
 _SOLVERS += " MeanFlow DEIS IPNDM PNDM UniPC EDM SDEDPMpp RK45"
-_SOLVERS += " TwoStage Multistep"
+_SOLVERS += " TwoStage Multistep Renoise"
 _GRIDS = "uniform quadratic cosine clipped late line leading"
 _GRIDS += " linspace trailing karras shifted"
 VERSIONS |= dict.fromkeys(_SOLVERS.split(), 1)

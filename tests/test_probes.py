@@ -74,12 +74,12 @@ CHANGES = [
     *((k, f"{m}.{k}.__call__", loss) for k, m in (
         ("DenoisingLoss", "ddpm"), ("FlowMatching", "flow_matching"), ("Distillation", "distill"), ("MeanFlowLoss", "meanflow"),
         ("PairRegression", "meanflow"), ("Reflow", "meanflow"), ("DistributionMatching", "meanflow"), ("Drift", "meanflow"),
-        ("ClassifierLoss", "evaluation"))),
+        ("Consistency", "consistency"), ("ClassifierLoss", "evaluation"))),
     *((k, f"{m}.{k}.step", step) for k, m in (
         ("DDPM", "ddpm"), ("DDIM", "ddim"), ("Euler", "sampling"), ("MeanFlow", "meanflow"),
         *((k, "solvers") for k in ("Heun", "Midpoint", "RK4", "AB2", "DPMSolver", "DPMpp")),
         *((k, "multistep") for k in ("DEIS", "IPNDM", "PNDM", "UniPC")),
-        *((k, "stochastic") for k in ("EDM", "SDEDPMpp")), ("RK45", "adaptive"), ("TwoStage", "tuned"), ("Multistep", "tuned"))),
+        *((k, "stochastic") for k in ("EDM", "SDEDPMpp")), ("RK45", "adaptive"), ("TwoStage", "tuned"), ("Multistep", "tuned"), ("Renoise", "consistency"))),
     *((f"grid {k}", k, times) for k in fa.GRIDS),
 ]
 
