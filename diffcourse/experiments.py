@@ -226,7 +226,7 @@ SOLVERS = {
     "RK4()": RK4(),
     "DPMpp(2)": DPMpp(2),
     "DPMpp(3)": DPMpp(3),
-    "DPMpp(3, published=True)": DPMpp(3, published=True),
+    "DPMpp(3, halved=True)": DPMpp(3, halved=True),
     "DPMSolver(2)": 2,  # singlestep: a list of orders for the budget
     "DPMSolver(3)": 3,
     "MeanFlow()": MeanFlow(),
@@ -338,7 +338,7 @@ EXPERIMENTS = {
 
 # %% ../nbs/20_experiments.ipynb #54961cb8
 _FLOW = ["flow"]
-_PLAIN = ["AB2()", "DPMpp(2)", "DPMpp(3)", "DPMpp(3, published=True)"]
+_PLAIN = ["AB2()", "DPMpp(2)", "DPMpp(3)", "DPMpp(3, halved=True)"]
 _FOUR = ("uniform", "quadratic", "cosine", "clipped")
 _SINGLE = _rows(_FLOW, ["DPMSolver(2)"], (3, 5), ["clipped"])
 _SINGLE += _rows(_FLOW, ["DPMSolver(3)"], (2, 4), ["clipped"])

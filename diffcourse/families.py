@@ -225,7 +225,7 @@ _RULES = {
     "RK4": [RK4()],
     "AB2": [AB2()],
     "DPMSolver": [DPMSolver(k) for k in (1, 2, 3)],
-    "DPMpp": [*map(DPMpp, (1, 2, 3)), DPMpp(3, published=True)],
+    "DPMpp": [*map(DPMpp, (1, 2, 3)), DPMpp(3, halved=True)],
     "MeanFlow": [MeanFlow()],
     "DEIS": [DEIS(1), DEIS(2), DEIS(3, clock="t")]
     + [DEIS(3, "data", "t")],

@@ -43,7 +43,8 @@ class Heun(Solver):
     predicts the flow itself.
 
     Raises: ValueError where the flow has no value at the start.
-    Source: Karras et al. (2022), algorithm 1."""
+    Source: Heun (1900). In sigma / alpha instead of t it is EDM.
+    """
 
     def step(self, den: Denoiser, x, t, s, noise):
         "Euler's step, then once more with the mean of two slopes."
@@ -249,25 +250,25 @@ class DPMpp(Solver):
 
     Of lower order while the past is short; of first order at a step
     from or to an infinite lam, which is no past for the steps after.
-    Raises: ValueError for an order, or published=True, without rule; in
+    Raises: ValueError for an order, or halved=True, without rule; in
     a step where x0 or eps is open, as with "eps" at alpha = 0.
     Source: Lu et al. (2025), algorithm 2; order 3: their dpm-solver."""
 
     def __init__(
         self,
         order: int = 2,  # 1, 2 or 3
-        published: bool = False,  # order 3 as published: second order
+        halved: bool = False,  # order 3 with half of the curvature
     ):
-        self.order, self.published = _order(order), published
-        if not isinstance(published, bool) or published and order != 3:
+        self.order, self.halved = _order(order), halved
+        if not isinstance(halved, bool) or halved and order != 3:
             raise ValueError(
-                f"published={published!r} with order {order}: True is "
-                "for DPMpp(3, published=True) alone, else leave it out"
+                f"halved={halved!r} with order {order}: True is "
+                "for DPMpp(3, halved=True) alone, else leave it out"
             )
         self.reset()
 
     def __repr__(self):
-        more = ", published=True" if self.published else ""
+        more = ", halved=True" if self.halved else ""
         return f"DPMpp({self.order}{more})"
 
     def reset(self):
@@ -289,11 +290,11 @@ def step(self, den: Denoiser, x, t, s, noise):
     self._past = past
     if not math.isfinite(there) or len(past) == 1:
         return out
-    change = _change(past, there - here, self.published)
+    change = _change(past, there - here, self.halved)
     return out + float(path.alpha(s)) * change
 
 
-def _change(past, h, published):
+def _change(past, h, halved):
     "What the slope and the curvature of the guess add, over alpha."
     (a, m0), (b, m1) = past[:2]
     slope, e = (m0 - m1) * (h / (a - b)), math.expm1(-h)
@@ -302,5 +303,5 @@ def _change(past, h, published):
     c, m2 = past[2]
     bend = slope - (m1 - m2) * (h / (b - c))
     slope = slope + (a - b) / (a - c) * bend
-    bend = (1 if published else 2) * h / (a - c) * bend
+    bend = (1 if halved else 2) * h / (a - c) * bend
     return (e / h + 1) * slope - ((e + h) / h**2 - 0.5) * bend

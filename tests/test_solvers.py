@@ -18,7 +18,7 @@ from test_ddim import Fake, normal
 
 SMOOTH = [Linear(), VP.cosine(), VP.linear(), VP.sigmoid()]
 FLOW = [Heun(), Midpoint(), RK4(), AB2()]
-LAM = [DPMSolver(k) for k in (1, 2, 3)] + [DPMpp(k) for k in (1, 2, 3)] + [DPMpp(3, published=True)]
+LAM = [DPMSolver(k) for k in (1, 2, 3)] + [DPMpp(k) for k in (1, 2, 3)] + [DPMpp(3, halved=True)]
 
 
 def error(path, solver, grid, predicts="x0"):
@@ -60,8 +60,8 @@ def test_orders(path, grid, solver, order):
 
 
 @pytest.mark.parametrize("path", SMOOTH, ids=repr)
-def test_the_published_third_order_is_second(path):
-    assert abs(slope(path, DPMpp(3, published=True), in_lam, 80, 160) - 2) < 0.15
+def test_the_third_order_with_half_of_the_curvature_is_second(path):
+    assert abs(slope(path, DPMpp(3, halved=True), in_lam, 80, 160) - 2) < 0.15
     assert abs(slope(path, DPMpp(3), in_lam, 80, 160) - 3) < 0.2
 
 
@@ -101,7 +101,7 @@ def test_multistep_as_in_diffusers(order, steps, schedule, spacing):
         out = Fake()(x.float(), torch.full((3,), t))
         x = scheduler.step(out, stamp, x.float()).prev_sample
     den = Denoiser(Fake(), path, "v")
-    solver = DPMpp(order, published=order == 3)
+    solver = DPMpp(order, halved=order == 3)
     ours = sample(den, (1, 4, 4), solver, grid, x=z)
     assert ours.nfe == steps
     assert (ours.x - x).abs().max() < 2e-5 * z.abs().max()
@@ -116,7 +116,7 @@ def test_each_multistep_update_as_in_diffusers_to_rounding(order, schedule):
     scheduler, path, grid = theirs(
         "DPMSolverMultistepScheduler", 12, schedule, solver_order=order, final_sigmas_type="sigma_min"
     )
-    den, solver = Denoiser(Fake(), path, "x0"), DPMpp(order, published=order == 3)
+    den, solver = Denoiser(Fake(), path, "x0"), DPMpp(order, halved=order == 3)
     update = [
         lambda m, x: scheduler.dpm_solver_first_order_update(m[-1], sample=x),
         lambda m, x: scheduler.multistep_dpm_solver_second_order_update(m, sample=x),
@@ -404,9 +404,9 @@ def test_orders_that_do_not_exist(order):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_only_order_three_was_published_so(order):
-    bad(lambda: DPMpp(order, published=True), r"DPMpp\(3, published=True\) alone")
-    bad(lambda: DPMpp(3, published="yes"), "published='yes'")
+def test_only_order_three_can_be_halved(order):
+    bad(lambda: DPMpp(order, halved=True), r"DPMpp\(3, halved=True\) alone")
+    bad(lambda: DPMpp(3, halved="yes"), "halved='yes'")
 
 
 @pytest.mark.parametrize("nfe", [0, -3, 2.5, True, "4"])
@@ -445,11 +445,11 @@ def test_start_without_a_value_says_where_to_go():
 def test_names_are_short_and_stable():
     made = FLOW + LAM + [DPMSolver((3, 2, 1))]
     names = "Heun() Midpoint() RK4() AB2() DPMSolver(1) DPMSolver(2) DPMSolver(3) DPMpp(1) DPMpp(2) DPMpp(3)"
-    assert [repr(s) for s in made] == [*names.split(), "DPMpp(3, published=True)", "DPMSolver([3, 2, 1])"]
+    assert [repr(s) for s in made] == [*names.split(), "DPMpp(3, halved=True)", "DPMSolver([3, 2, 1])"]
     den = Denoiser(Fake(), Linear(), "flow")
     for s in made[:-1]:
         sample(den, (1,), s, uniform(3), n=2)
-    assert [repr(s) for s in made[:-1]] == [*names.split(), "DPMpp(3, published=True)"]
+    assert [repr(s) for s in made[:-1]] == [*names.split(), "DPMpp(3, halved=True)"]
 
 
 @pytest.mark.parametrize("solver", [AB2(), RK4(), DPMSolver(3), DPMpp(3)], ids=repr)
