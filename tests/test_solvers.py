@@ -461,3 +461,15 @@ def test_the_time_is_spent_in_the_network(solver):
             out = sample(den, (1, 8, 8), solver, uniform(2, 0.9, 0.1), seeds=range(64))
         ratios.append(out.seconds / inside.seconds)
     assert min(ratios) < 1.1, ratios
+
+
+def test_the_note_on_the_third_order_prints_what_its_script_prints():
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    book = Path(__file__).resolve().parents[1] / "book"
+    made = subprocess.run([sys.executable, book / "_static" / "third_order.py"], capture_output=True, text=True, check=True).stdout
+    assert made.strip() in (book / "third_order.md").read_text()
+    orders = [[float(p) for p in line.split("orders")[1].split()] for line in made.splitlines()]
+    assert all(abs(p - 2) < 0.15 for p in orders[0]) and all(abs(p - 3) < 0.3 for p in orders[1])
