@@ -535,8 +535,10 @@ class DistributionMatching:
         c: float = 0.03,  # as in PairRegression
         low: float = 0.02,  # least time at which the two are compared
         high: float = 0.98,  # and the largest
+        every: int = 1,  # iterations of the rival to one of the student
     ):
         _must_be_flow(teacher)
+        self.every = runs.whole("every", every)
         own = copy.deepcopy(teacher.net)
         self.teacher = own.requires_grad_(False).eval()
         self.anchor, self.c = anchor, c
@@ -551,15 +553,19 @@ def __call__(self, net, pairs: Tensor, draw) -> Tensor:  # (B,)
             "WithFake(net), a student and its rival"
         )
     noise, eps = _unpair(draw.noise())
-    image = one_step(net.student, noise)
+    turn = draw.step % self.every == 0  # of the student
+    with torch.set_grad_enabled(turn and torch.is_grad_enabled()):
+        image = one_step(net.student, noise)
     x = image.detach()  # what the fake network learns from
     t = self.low + (self.high - self.low) * draw.t()
     x_t = self.path.add_noise(x, eps, t)
     fake = net.fake(x_t, t).to(x.dtype)
+    value = (fake - (eps - x)).square().flatten(1).mean(1)
+    if not turn:
+        return value
     push = self._push(x, x_t, t, fake.detach())
     goal = (image - push).detach()
-    value = (image - goal).square() / 2 + (fake - (eps - x)).square()
-    value = value.flatten(1).mean(1)
+    value = value + (image - goal).square().flatten(1).mean(1) / 2
     if self.anchor:
         half = (len(pairs) + 1) // 2  # half of the pairs are enough
         near = PairRegression(self.c)(net.student, pairs[:half], draw)

@@ -364,6 +364,22 @@ def test_distribution_matching_cuts_the_gradients():
     assert torch.allclose(more, loss(net, pairs, draws(pairs)) + 0.5 * near, atol=1e-5)
 
 
+def test_with_two_time_scales_the_student_waits_for_its_turn():
+    den, pairs, net = teacher(), normal(6, 2, 1, 4, 4), WithFake(unet(seed=1))
+    loss, plain = DistributionMatching(den, every=3), DistributionMatching(den)
+    for step in range(5):
+        net.zero_grad(set_to_none=True)
+        value = loss(net, pairs, Draws(0, step, 6, 0, 6, pairs))
+        value.mean().backward()
+        moved = [p.grad is not None for p in net.student.parameters()]
+        assert all(moved) if step % 3 == 0 else not any(moved)
+        assert all(p.grad is not None for p in net.fake.parameters())
+        if step % 3 == 0:
+            assert torch.equal(value, plain(net, pairs, Draws(0, step, 6, 0, 6, pairs)))
+    with pytest.raises(ValueError, match="every"):
+        DistributionMatching(den, every=0)
+
+
 def test_distribution_matching_goes_downhill():
     # a student with too narrow images is pushed outwards: real and fake flows are exact
     def flow(std):
