@@ -50,6 +50,7 @@ _names |= {
     "tuned": "TwoStage Multistep",
     "distill": "Distillation compact",
     "consistency": "Consistency Renoise",
+    "flow_maps": "FlowMapLoss",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
     "WithFake make_pairs trainable",
 }
