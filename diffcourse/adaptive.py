@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['RK45']
 
-# %% ../nbs/56_adaptive.ipynb #27e59ac1
+# %% ../nbs/56_adaptive.ipynb #1df0edae
+import math
+
 from . import runs
 from .sampling import Denoiser, Solver
 from .solvers import can_look, flow_at
@@ -28,9 +30,10 @@ class RK45(Solver):
         atol: float = 1e-3,  # the same, absolute
         most: int = 1000,  # evaluations in one step of the grid
     ):
-        if not (rtol > 0 and atol > 0):
+        if not (0 < rtol < math.inf and 0 < atol < math.inf):
             raise ValueError(
-                f"rtol {rtol}, atol {atol}: both above 0 are needed"
+                f"rtol {rtol}, atol {atol}: both above 0 are needed, "
+                "and finite"
             )
         self.rtol, self.atol = float(rtol), float(atol)
         self.most = runs.whole("most", most)

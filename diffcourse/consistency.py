@@ -41,8 +41,13 @@ class Consistency:
             setattr(self, name, runs.whole(name, getattr(self, name)))
         _check_consistency(self)
 
-# %% ../nbs/62_consistency.ipynb #fa2f0cdf
+# %% ../nbs/62_consistency.ipynb #b842b4f0
 def _check_consistency(own):
+    if own.iterations < own.stages:
+        raise ValueError(
+            f"{own.iterations} iterations have no room for "
+            f"{own.stages} stages: take fewer, stages="
+        )
     if not own.c > 0 or own.rule not in distill.RULES:
         raise ValueError(
             f"c={own.c}, rule={own.rule!r}: c above 0 and one of "

@@ -192,7 +192,8 @@ def _drift():
 
 def _consistent():
     den, x = Denoiser(_net(1), Linear(), "flow"), digits("train")
-    cases = Consistency(4), Consistency(4, den), Consistency(2, c=0.3)
+    cases = Consistency(4, stages=2), Consistency(4, den, stages=4)
+    cases += (Consistency(4, stages=4, c=0.3),)
     return {f"case {i}": (c, _net(), x) for i, c in enumerate(cases)}
 
 

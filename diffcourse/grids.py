@@ -25,7 +25,7 @@ class Grid:
 
     kind: str  # name of the spacing
     steps: int  # steps of the solver; there is one time more
-    start: float = 1.0  # first time, 1 is noise
+    start: float = 1.0  # first time, 1 is noise; see karras
     end: float = 0.0  # last time, 0 is data
     option: object = None  # lam_max, size of the table, or the times
 
@@ -58,8 +58,8 @@ def _spaced(self, path):  # -> (steps + 1,) float64
     if self.kind == "karras":
         return _karras(path, self.steps, *option)
     if self.kind == "shifted":
-        even = a + (b - a) * k
-        return option * even / (1 + (option - 1) * even)
+        left = 1 - k
+        return b + (a - b) * option * left / (1 + (option - 1) * left)
     if self.kind == "trailing":
         return ((a + (b - a) * k) * option).round() / option
     if self.kind in ("leading", "linspace"):
@@ -111,6 +111,11 @@ def times(
     t = self._spaced(path)
     if self.kind != "karras":  # whose first time the path decides
         t[0], t[-1] = self.start, self.end
+    elif not 0 <= t.min() <= t.max() <= 1:
+        raise ValueError(
+            f"{self}: {path} does not reach these levels (times "
+            f"{t[0]:.3f} to {t[-2]:.3g}): take a lower sigma_max"
+        )
     if not (t[1:] < t[:-1]).all():
         raise ValueError(
             f"{self} gives times that do not decrease: {t.tolist()}; "
@@ -174,6 +179,8 @@ def karras(
 ) -> Grid:
     """Equal steps in a root of the noise level sigma / alpha.
 
+    The path decides the first time; `start` says 1 all the same.
+
     Source: Karras et al. (2022), equation 5.
     """
     if not (0 < sigma_min < sigma_max and rho > 0):
@@ -191,11 +198,12 @@ def shifted(
     start: float = 1.0,  # first time
     end: float = 0.0,  # last time
 ) -> Grid:
-    """Equal steps in t, then t -> shift t / (1 + (shift - 1) t).
+    """Equal steps, then t -> shift t / (1 + (shift - 1) t), between
+    start and end.
 
     Source: Esser et al. (2024), equation 23.
     """
-    if not shift > 0:
+    if not 0 < shift < float("inf"):
         raise ValueError(f"shift = {shift}: above 0 is needed")
     return Grid("shifted", steps, start, end, float(shift))
 

@@ -23,11 +23,11 @@ class Effect:
 
     name: str  # of what is compared
     value: float  # the mean over trainings and noises
-    error: float  # its standard error, rather too large than too small
+    error: float  # its standard error; its square is never too small
     trainings: int
     noises: int
     luck: tuple  # sd of the luck of training, of noise, and of the rest
-    verdict: str = "undecided"  # `decide` gives it, for a family
+    verdict: str = ""  # `decide` gives it, for a family
 
     @property
     def t(self) -> float:
@@ -60,8 +60,8 @@ def _p(self) -> float:
 
 def _text(self):
     low, high = self.interval()
-    return (f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}] F: "
-            f"{self.verdict}")
+    said = f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}] F"
+    return f"{said}: {self.verdict}" if self.verdict else said
 
 
 Effect.interval, Effect.p = _interval, property(_p)
@@ -124,17 +124,15 @@ def power(
     alpha: float = 0.05,  # false decisions that are allowed
     draws: int = 20000,  # simulated comparisons
 ) -> float:  # share of them in which the difference is seen
-    """How often a difference of this size would be decided.
+    """How often one difference of this size would be decided; of one in
+    a family of k with alpha / k.
 
-    Raises: ValueError for fewer than two of either, luck below zero."""
+    Raises: ValueError for fewer than two of either, no luck or luck
+    below zero, an alpha that is no share."""
     from scipy.stats import t
 
     S, N, (a, b, e) = trainings, noises, luck
-    if min(S, N) < 2 or min(luck) < 0 or not any(luck):
-        raise ValueError(
-            f"{S} trainings, {N} noises, luck {tuple(luck)}: two or "
-            "more of each and some luck, not below zero, are needed"
-        )
+    _check_power(difference, luck, S, N, alpha)
     rng = np.random.default_rng(0)
     A = (N * a**2 + e**2) * rng.chisquare(S - 1, draws) / (S - 1)
     B = (S * b**2 + e**2) * rng.chisquare(N - 1, draws) / (N - 1)
@@ -144,7 +142,19 @@ def power(
     seen = abs(mean) > enough * np.sqrt((A + B) / (S * N))
     return float(seen.mean())
 
-# %% ../nbs/25_inference.ipynb #e3df7e80
+# %% ../nbs/25_inference.ipynb #ff7b1005
+def _check_power(difference, luck, S, N, alpha):
+    fine = all(map(math.isfinite, (difference, *luck)))
+    if min(S, N) < 2 or not fine or min(luck) < 0 or not any(luck):
+        raise ValueError(
+            f"a difference of {difference}, {S} trainings, {N} noises, "
+            f"luck {tuple(luck)}: two or more of each and some luck, "
+            "finite and not below zero, are needed"
+        )
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha = {alpha}: between 0 and 1 is needed")
+
+# %% ../nbs/25_inference.ipynb #74b6b627
 def visible(
     luck,  # sd of the luck of training, of noise, and of the rest
     trainings: int = LEAST,
@@ -152,14 +162,22 @@ def visible(
     often: float = 0.8,  # power
     alpha: float = 0.05,  # false decisions that are allowed
 ) -> float:
-    "The smallest difference that is seen so often."
+    """The smallest difference that is seen so often.
+
+    Raises: ValueError for what `power` refuses, or a share `often` that
+    is not between alpha and 1."""
     from scipy.optimize import brentq
 
+    _check_power(0.0, luck, trainings, noises, alpha)
+    if not alpha < often < 1:
+        raise ValueError(
+            f"often = {often}: between alpha = {alpha} and 1 is needed"
+        )
     short = lambda d: power(d, luck, trainings, noises, alpha) - often
-    most = 1000 * max(luck)
+    most = 1e9 * max(luck)
     return float(brentq(short, 0, most, xtol=1e-4 * max(luck)))
 
-# %% ../nbs/25_inference.ipynb #ca1be8b3
+# %% ../nbs/25_inference.ipynb #6a9f0f40
 def decide(
     effects: list,  # of `effect`: all comparisons that are made
     margin: float,  # within which two count as equal
@@ -167,12 +185,14 @@ def decide(
 ) -> list:  # the same, each with its verdict
     """Better, worse, equal or undecided, for a family of comparisons.
 
-    Raises: ValueError for no comparisons or a margin not above zero.
+    Raises: ValueError for no comparisons, a margin that is not finite
+    and above zero, an alpha that is no share.
     Source: Holm (1979); Schuirmann (1987) for "equal"."""
-    if not effects or not margin > 0:
+    if not effects or not 0 < margin < math.inf or not 0 < alpha < 1:
         raise ValueError(
-            f"{len(effects)} comparisons, margin {margin}: one or "
-            "more, and a margin above zero, are needed"
+            f"{len(effects)} comparisons, margin {margin}, alpha "
+            f"{alpha}: one or more, a finite margin above zero and an "
+            "alpha between 0 and 1 are needed"
         )
     from statsmodels.stats.multitest import multipletests
 
@@ -181,7 +201,7 @@ def decide(
     return [replace(e, verdict=_word(e, s, margin, each))
             for e, s in zip(effects, seen)]
 
-
+# %% ../nbs/25_inference.ipynb #693dd640
 def _word(e, seen, margin, alpha):
     low, high = e.interval(1 - alpha)
     if -margin < low and high < margin:
@@ -190,7 +210,7 @@ def _word(e, seen, margin, alpha):
         return "undecided"
     return "better" if e.value < 0 else "worse"
 
-# %% ../nbs/25_inference.ipynb #d5552002
+# %% ../nbs/25_inference.ipynb #6b7aed53
 def differences(
     a: Records,  # of one method
     b: Records,  # of the other
@@ -215,7 +235,7 @@ def differences(
     return np.array([[cells[0][s, n] - cells[1][s, n] for n in columns]
                      for s in rows])
 
-# %% ../nbs/25_inference.ipynb #11bd1df7
+# %% ../nbs/25_inference.ipynb #f3a7a967
 def _cells(records):
     found = {(r["train_seed"], r["seeds"]): r["value"] / r["floor"]
              for r in records}

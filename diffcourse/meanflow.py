@@ -412,7 +412,8 @@ def make_pairs(
     solver that draws noise, a grid that does not start at t = 1, or a
     precision that does not exist."""
     grid = as_grid(grid)
-    _check_pairs(seed, solver, grid, precision)
+    first = float(grid.times(den.path)[0])
+    _check_pairs(seed, solver, first, precision)
     shape, den = shape or _shape(den.net), make_fast(den, precision)
     seeds = range(seed, seed + n)
     noise = Noise(seeds, n, shape, "cpu")()
@@ -432,7 +433,7 @@ def _shape(net):  # of one image, from what the network says of itself
     return c["channels"], c["size"], c["size"]
 
 
-def _check_pairs(seed, solver, grid, precision):
+def _check_pairs(seed, solver, first, precision):
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(
             f"precision={precision!r}: 'auto', 'fp32' or 'bf16'"
@@ -442,9 +443,9 @@ def _check_pairs(seed, solver, grid, precision):
             f"seed = {seed}: the noises of the seeds 0 to 3999 judge, "
             "they must not teach; take 4000 or more"
         )
-    if solver.stochastic or grid.start != 1:
+    if solver.stochastic or first != 1:
         raise ValueError(
-            f"{solver} on a grid from t = {grid.start}: a pair needs a "
+            f"{solver} on a grid from t = {first:g}: a pair needs a "
             "solver without noise, and a grid from t = 1"
         )
 

@@ -37,8 +37,8 @@ class DEIS(Solver):
 
     Raises: ValueError for an order, form or clock that does not exist,
     and for clock "t" on a table, which has no time between its entries.
-    Source: Zhang and Chen (2023), tAB-DEIS; the clock of the noise
-    form in lam: their log-rho; the data form: Lu et al. (2025)."""
+    Source: Zhang and Chen (2023), tAB-DEIS; the clock lam: "logrho" of
+    diffusers; the data form: Lu et al. (2025)."""
 
     def __init__(
         self,
@@ -124,8 +124,9 @@ DEIS._weights = _weights
 class IPNDM(Solver):
     """Adams' weights on the noise guesses, DDIM's step; NFE 1 a step.
 
-    The weights are those of equal steps, whatever the steps are, so it
-    is of second order. A guess at alpha = 0 is carried by DDIM.
+    The weights are those of equal steps, whatever the steps are: of
+    second order on grids whose neighbouring steps become alike, and of
+    first on others. A guess at alpha = 0 is carried by DDIM.
 
     Raises: ValueError for another order.
     Source: Zhang and Chen (2023), iPNDM."""
@@ -173,9 +174,9 @@ def _carried(path, x, guess, eps, t, s):  # DDIM with another noise
 
 IPNDM.reset = _reset
 
-# %% ../nbs/35_multistep.ipynb #2ab3f308
+# %% ../nbs/35_multistep.ipynb #4d711b2e
 class PNDM(IPNDM):
-    """IPNDM that begins with Runge-Kutta steps; NFE 4 in three steps.
+    """IPNDM whose first three steps are Runge-Kutta's, of NFE 4 each.
 
     Raises: ValueError where the road begins at alpha = 0.
     Source: Liu et al. (2022), F-PNDM."""

@@ -31,7 +31,8 @@ class EDM(Solver):
         high: float = 50.0,  # S_tmax: level above which none is added
         noise: float = 1.003,  # S_noise: a little more than is right
     ):
-        if not (churn >= 0 and 0 <= low < high and noise > 0):
+        if not (0 <= churn < math.inf and 0 <= low < high
+                and 0 < noise < math.inf):
             raise ValueError(
                 f"churn {churn}, levels {low} to {high}, noise "
                 f"{noise}: churn >= 0, 0 <= low < high and noise > 0 "
@@ -92,8 +93,8 @@ EDM.step, EDM._churned = _step, _churned
 class SDEDPMpp(Solver):
     """DPM-Solver++ of the stochastic equation, multistep; NFE 1 a step.
 
-    Of weak order 2, or 1 with order=1, which is DDIM(1.0). Of first
-    order from and to an infinite lam.
+    Of weak order 2 (measured for Gaussian data), or 1 with order=1,
+    which is DDIM(1.0). Of first order from and to an infinite lam.
 
     Raises: ValueError for an order other than 1 and 2.
     Source: Lu et al. (2025), SDE-DPM-Solver++(1) and (2M)."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'BASELINES', 'class_weights', 'class_error', 'weighted_fd', 'Marks', 'precision_recall', 'Yardstick',
-           'copies', 'kernel_density', 'gaussian_a_class', 'mixture_of_gaussians']
+           'yardstick', 'copies', 'kernel_density', 'gaussian_a_class', 'mixture_of_gaussians']
 
 # %% ../nbs/59_yardstick.ipynb #7ee00379
 import math, statistics
@@ -27,8 +27,16 @@ def class_weights(
 ) -> Tensor:  # (n,) float64, adding up to n
     """How often each sample has to count.
 
-    Raises: ValueError for a class that no sample has: no weight can
-    make up for it."""
+    Raises: ValueError for a class that no sample has, since no weight
+    can make up for it, and for shares that do not add up to 1."""
+    if abs(float(shares.sum()) - 1) > 1e-6 or int(classes.max()) >= len(
+        shares
+    ):
+        raise ValueError(
+            f"{len(shares)} shares that add up to {shares.sum():.3f} "
+            f"for classes up to {int(classes.max())}: one for each "
+            "class, adding up to 1, is needed"
+        )
     counts = classes.bincount(minlength=len(shares)).double()
     lost = ((counts == 0) & (shares > 0)).nonzero()[:, 0].tolist()
     if lost:
@@ -39,13 +47,13 @@ def class_weights(
         )
     return (shares * len(classes) / counts.clamp(min=1))[classes]
 
-
+# %% ../nbs/59_yardstick.ipynb #95c3d9bc
 def class_error(classes: Tensor, shares: Tensor) -> float:
-    "Total variation: the share of samples in the wrong class, 0 to 1."
+    "Total variation: the share that would have to change class."
     own = classes.bincount(minlength=len(shares)).double()
     return float((own / len(classes) - shares).abs().sum() / 2)
 
-# %% ../nbs/59_yardstick.ipynb #858d06fc
+# %% ../nbs/59_yardstick.ipynb #677b04ea
 def weighted_fd(
     a: Tensor,  # (n, d) features of samples
     weights: Tensor,  # (n,) how often each counts
@@ -53,9 +61,12 @@ def weighted_fd(
 ) -> float:
     """Fréchet distance of a weighted cloud from another cloud.
 
-    Raises: ValueError for fewer samples than features."""
+    Raises: ValueError for fewer samples than features, or weights that
+    are not above zero."""
     from torch_fidelity import metric_fid as tf
 
+    if not (weights > 0).all():
+        raise ValueError("weights above zero are needed")
     for f in (a, b):
         if len(f) <= f.shape[1]:
             raise ValueError(
@@ -69,7 +80,7 @@ def weighted_fd(
     found = tf.fid_statistics_to_metric(stats, other, False)
     return found[tf.KEY_METRIC_FID]
 
-# %% ../nbs/59_yardstick.ipynb #566dec1f
+# %% ../nbs/59_yardstick.ipynb #5481a17e
 _DRAWS = 20  # sets of real images behind a floor
 
 
@@ -99,7 +110,7 @@ class Marks:
     def headline(self) -> str:  # for a cell of a table
         return f"{self.ratio:.2f} F" + ", copies" * self.copies
 
-# %% ../nbs/59_yardstick.ipynb #3cabbe65
+# %% ../nbs/59_yardstick.ipynb #7858d6ba
 CLOSE = 0.8  # memorisation below which samples are called copies
 
 
@@ -113,7 +124,7 @@ def _text(self):
 
 Marks.__str__ = _text
 
-# %% ../nbs/59_yardstick.ipynb #9a1aa906
+# %% ../nbs/59_yardstick.ipynb #4236c6d4
 def precision_recall(
     a: Tensor,  # (n, d) features of samples
     b: Tensor,  # (m, d) features of the reference
@@ -125,7 +136,7 @@ def precision_recall(
                                       verbose=False)
     return found[tf.KEY_METRIC_PRECISION], found[tf.KEY_METRIC_RECALL]
 
-# %% ../nbs/59_yardstick.ipynb #8995b559
+# %% ../nbs/59_yardstick.ipynb #a9df8f72
 class Yardstick:
     "A judge with what samples are compared to."
 
@@ -142,7 +153,7 @@ class Yardstick:
         weights = class_weights(classes, self.shares)
         return weighted_fd(features, weights, self.reference)
 
-# %% ../nbs/59_yardstick.ipynb #af9c195e
+# %% ../nbs/59_yardstick.ipynb #ea4aba4a
 def _floor(self, n: int = 1000) -> float:
     """What a perfect sampler of n images would score, on average.
 
@@ -160,7 +171,7 @@ def _floor(self, n: int = 1000) -> float:
         self._floors[n] = statistics.mean(found)
     return self._floors[n]
 
-# %% ../nbs/59_yardstick.ipynb #47a3577c
+# %% ../nbs/59_yardstick.ipynb #4136f2af
 def _measure(self, x: Tensor) -> Marks:  # (n, 1, 28, 28) samples
     """All that can be said of samples.
 
@@ -176,7 +187,7 @@ def _measure(self, x: Tensor) -> Marks:  # (n, 1, 28, 28) samples
         self.judge.kind,
     )
 
-# %% ../nbs/59_yardstick.ipynb #d742dd1b
+# %% ../nbs/59_yardstick.ipynb #1d1af1fc
 Yardstick.floor, Yardstick.measure = _floor, _measure
 
 
@@ -185,19 +196,24 @@ def yardstick(kind: str = "pixels") -> Yardstick:
     "That of a judge of `judges.KINDS`."
     return Yardstick(judge(kind))
 
-# %% ../nbs/59_yardstick.ipynb #735e4878
+# %% ../nbs/59_yardstick.ipynb #e850d828
 def copies(n: int, seed: int) -> Tensor:
-    "Training images, as they are."
-    x = mnist5k("train").x
+    """Training images, as they are.
+
+    Raises: ValueError for more than there are."""
+    x, n = mnist5k("train").x, runs.whole("n", n)
+    if n > len(x):
+        raise ValueError(f"n = {n}: there are {len(x)} to copy")
     return x[runs.rng(seed).permutation(len(x))[:n]]
 
 
 def kernel_density(n: int, seed: int, width: float = 0.2) -> Tensor:
     "Training images with noise of this standard deviation."
-    noise = runs.rng(seed, 1).standard_normal((n, 1, 28, 28))
-    return copies(n, seed) + width * torch.from_numpy(noise).float()
+    x = copies(n, seed)
+    noise = runs.rng(seed, 1).standard_normal(tuple(x.shape))
+    return x + width * torch.from_numpy(noise).float()
 
-
+# %% ../nbs/59_yardstick.ipynb #08f2796d
 def gaussian_a_class(n: int, seed: int) -> Tensor:
     "Ten Gaussians of pixels, drawn as often as their classes are."
     train, rng = mnist5k("train"), runs.rng(seed)
@@ -208,10 +224,15 @@ def gaussian_a_class(n: int, seed: int) -> Tensor:
         cov = np.cov(own.T) + 1e-4 * np.eye(own.shape[1])
         parts.append(rng.multivariate_normal(own.mean(0), cov, k,
                                              method="cholesky"))
-    x = torch.from_numpy(np.concatenate(parts)).float()
+    return _shuffled(np.concatenate(parts), seed)
+
+# %% ../nbs/59_yardstick.ipynb #8c9a6801
+def _shuffled(rows, seed):  # -> images, in no order
+    order = runs.rng(seed, 2).permutation(len(rows))
+    x = torch.from_numpy(rows[order]).float()
     return x.reshape(-1, 1, 28, 28)
 
-# %% ../nbs/59_yardstick.ipynb #1b739ca4
+# %% ../nbs/59_yardstick.ipynb #0ae47b4b
 def mixture_of_gaussians(n: int, seed: int, parts: int = 100) -> Tensor:
     "Fitted to the 60 principal directions of the pixels."
     from sklearn.decomposition import PCA
@@ -223,9 +244,9 @@ def mixture_of_gaussians(n: int, seed: int, parts: int = 100) -> Tensor:
                           max_iter=50)
     fit.fit(axes.transform(x).astype(float))
     drawn = axes.inverse_transform(fit.sample(n)[0])
-    return torch.from_numpy(drawn).float().reshape(-1, 1, 28, 28)
+    return _shuffled(drawn, seed)
 
-# %% ../nbs/59_yardstick.ipynb #d47db75b
+# %% ../nbs/59_yardstick.ipynb #9e8416dc
 def _mixture_of_30(n, seed):
     return mixture_of_gaussians(n, seed, 30)
 

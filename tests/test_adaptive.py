@@ -60,7 +60,7 @@ def test_nfe_is_that_of_the_batch_that_took_most_and_seeds_agree_within_the_tole
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: RK45(0), "both above 0"), (lambda: RK45(1e-3, -1), "both above 0"), (lambda: RK45(float("nan")), "both above 0"),
+    (lambda: RK45(0), "both above 0"), (lambda: RK45(1e-3, -1), "both above 0"), (lambda: RK45(float("nan")), "both above 0"), (lambda: RK45(float("inf")), "finite"),
     (lambda: RK45(most=0), "most"),
 ])
 def test_tolerances_that_are_none(make, says):

@@ -137,7 +137,7 @@ def test_renoise_with_the_exact_ends_draws_the_data_whatever_the_grid():
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: Consistency(0), "iterations"), (lambda: Consistency(10, stages=0), "stages"), (lambda: Consistency(10, c=0), "c above 0"),
+    (lambda: Consistency(0), "iterations"), (lambda: Consistency(3, stages=7), "no room for 7 stages"), (lambda: Consistency(10, stages=0), "stages"), (lambda: Consistency(10, c=0), "c above 0"),
     (lambda: Consistency(10, rule="heun"), "'ddim', 'midpoint'"),
     (lambda: Consistency(10, Denoiser(MIX.net(VP.cosine(), "v"), VP.cosine(), "v")), "lives on Linear"),
 ])

@@ -163,10 +163,27 @@ def test_what_effect_refuses(d, says):
 def test_what_decide_and_power_refuse():
     with pytest.raises(ValueError, match="0 comparisons"):
         decide([], 0.2)
-    for margin in (0, -1, math.nan):
+    for margin in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="margin"):
             decide([effect(table(np.random.default_rng(0), 1, 1, 1))], margin)
     with pytest.raises(ValueError, match="two or more of each"):
         power(0.2, (1, 1, 1), 1, 5)
-    with pytest.raises(ValueError, match="some luck"):
-        power(0.2, (0, 0, 0))
+    for luck in ((0, 0, 0), (math.nan, 1, 1), (-1, 1, 1)):
+        with pytest.raises(ValueError, match="some luck"):
+            power(0.2, luck)
+    with pytest.raises(ValueError, match="some luck, finite"):
+        power(math.nan, (1, 1, 1))
+    for alpha in (0, 1, 5, math.nan):
+        with pytest.raises(ValueError, match="alpha"):
+            power(0.2, (1, 1, 1), alpha=alpha)
+        with pytest.raises(ValueError, match="alpha"):
+            decide([effect(table(np.random.default_rng(0), 1, 1, 1))], 0.2, alpha)
+    for often in (80, 0.01, 1.0):
+        with pytest.raises(ValueError, match="often"):
+            visible((1, 1, 1), often=often)
+
+
+def test_an_effect_has_no_verdict_before_it_is_decided():
+    one = effect(np.full((5, 5), 0.1))
+    assert one.verdict == "" and str(one) == "+0.10 [+0.10, +0.10] F"
+    assert str(decide([one], 0.05)[0]).endswith(": worse")

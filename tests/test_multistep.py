@@ -163,6 +163,18 @@ def test_ipndm_as_in_diffusers():
     assert (ours.x - x).abs().max() < 1e-6 * z.abs().max()
 
 
+def test_ipndm_is_of_first_order_where_steps_alternate():
+    def uneven(path, n):
+        start, end = (float(path.t_of_lam(v)) for v in (-4.0, 4.0))
+        a, b = float(path.lam(start)), float(path.lam(end))
+        share = torch.cat([torch.zeros(1), torch.tensor([0.25, 0.75]).repeat(n // 2).cumsum(0) / (n / 2)]).double()
+        times = path.t_of_lam(a + (b - a) * share).tolist()
+        return explicit([start, *times[1:-1], end])
+
+    assert abs(slope(Linear(), IPNDM(4), uneven, 160, 320) - 1) < 0.25
+    assert abs(slope(Linear(), DEIS(2), uneven, 160, 320) - 2) < 0.25
+
+
 def test_the_variants_of_unipc_differ_for_a_single_node_alone():
     path, x, m, a, b = Linear(), *normal(4, 5)
     one, two = [(-0.7, a)], [(-0.7, a), (-1.9, b)]

@@ -158,10 +158,13 @@ def test_shifted_moves_lam_by_the_log_of_the_shift_on_the_linear_path():
     moved = Linear().lam(a[1:-1]) - Linear().lam(b[1:-1])
     assert moved.tolist() == pytest.approx([math.log(3)] * 7)
     assert shifted(8, 1.0).times(Linear()).tolist() == pytest.approx(a.tolist())
+    whole, part = shifted(6, 3.0).times(Linear()), shifted(6, 3.0, 0.9, 0.1).times(Linear())
+    assert part.tolist() == pytest.approx((0.1 + 0.8 * whole).tolist()), "other ends, the same shape"
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: EDM(-1), "churn >= 0"), (lambda: EDM(1, 5, 2), "low < high"), (lambda: EDM(1, noise=0), "noise > 0"),
+    (lambda: EDM(-1), "churn >= 0"), (lambda: EDM(1, 5, 2), "low < high"), (lambda: EDM(1, noise=0), "noise > 0"), (lambda: EDM(math.inf), "churn >= 0"),
+    (lambda: karras(5, sigma_max=200.0).times(VP.linear()), "lower sigma_max"), (lambda: shifted(5, math.inf), "above 0"),
     (lambda: SDEDPMpp(3), "1 or 2"), (lambda: SDEDPMpp(0), "order"),
     (lambda: karras(5, sigma_min=0), "0 < sigma_min"), (lambda: karras(5, sigma_min=2, sigma_max=1), "sigma_min < sigma_max"),
     (lambda: karras(5, rho=0), "rho > 0"), (lambda: shifted(5, 0), "above 0"), (lambda: shifted(5, -1), "above 0"),

@@ -93,9 +93,11 @@ def test_another_budget_is_refused(steps):
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: TwoStage(0), "above 0 and up to 1"), (lambda: TwoStage(1.5), "up to 1"), (lambda: TwoStage(math.nan), "up to 1"),
-    (lambda: Multistep([]), "one row a step"), (lambda: Multistep([[1, 2]]), "the first of one weight"),
-    (lambda: Multistep([[1], []]), "one row a step"),
+    (lambda: TwoStage(0), "above 0 and up"), (lambda: TwoStage(1.5), "above 0 and up"), (lambda: TwoStage(math.nan), "above 0"),
+    (lambda: TwoStage(0.5, math.nan), "finite weight"),
+    (lambda: Multistep([]), "one row of finite numbers a step"), (lambda: Multistep([[1, 2]]), "the first of one number"),
+    (lambda: Multistep([[1], []]), "one row"), (lambda: Multistep(5), "one row"), (lambda: Multistep([[math.nan]]), "finite numbers"),
+    (lambda: limit(DEN, (1,), uniform(2), SEEDS, -5), "evaluations"),
     (lambda: optimised_grid(DEN, (1,), AB2(), uniform(1), SEEDS), "no time to choose"),
     (lambda: optimised_grid(DEN, (1,), AB2(), uniform(3), SEEDS, tried=0), "tried"),
     (lambda: learned_multistep(DEN, (1,), uniform(3), SEEDS, past=0), "past"),

@@ -170,6 +170,29 @@ def test_a_model_that_lost_a_class_cannot_be_scored_but_one_that_has_few_can():
     assert some.class_error > 0.07
 
 
+def test_shares_and_weights_and_counts_that_are_none():
+    classes = torch.tensor([0, 1, 2])
+    for shares in (torch.ones(3), torch.tensor([0.5, 0.5])):
+        with pytest.raises(ValueError, match="adding up to 1"):
+            ys.class_weights(classes, shares.double())
+    a = torch.randn(20, 3).double()
+    with pytest.raises(ValueError, match="above zero"):
+        ys.weighted_fd(a, torch.zeros(20), a)
+    for make in (ys.copies, ys.kernel_density):
+        with pytest.raises(ValueError, match="there are 4000 to copy"):
+            make(5000, 0)
+        with pytest.raises(ValueError, match="n"):
+            make(-1, 0)
+
+
+def test_baselines_are_in_no_order():
+    own = ys.yardstick("pixels")
+    for name in ("a Gaussian a class", "a mixture of 30 Gaussians"):
+        x = ys.BASELINES[name](400, 0)
+        halves = [own.judge.look(part)[1].bincount(minlength=10) for part in (x[:200], x[200:])]
+        assert (halves[0] - halves[1]).abs().max() < 40
+
+
 @pytest.mark.parametrize("name", ys.BASELINES)
 def test_baselines_depend_on_their_seed_alone(name):
     make = ys.BASELINES[name]

@@ -5,7 +5,7 @@ and with lam = -log(sigma) the probability-flow ODE is dx/dlam = D(x, lam) - x.
 """
 import numpy as np
 
-FIRST, LAST = -3.0, 1.5  # lam
+FIRST, LAST = -4.0, 1.5  # lam
 
 
 def mean(x, lam):
