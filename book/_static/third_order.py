@@ -1,7 +1,9 @@
-"""Measures the order of DPM-Solver++ (3M), with its second difference as released and doubled. Needs numpy alone.
+"""The order of DPM-Solver++ (3M), with its second difference as
+released and doubled. Needs numpy alone.
 
-Data: +1 or -1 with equal probability. In variance-exploding form x = data + sigma * noise, the posterior mean is tanh(x / sigma^2),
-and with lam = -log(sigma) the probability-flow ODE is dx/dlam = D(x, lam) - x.
+Data: +1 or -1 with equal probability. In variance-exploding form,
+x = data + sigma * noise, the posterior mean is tanh(x / sigma^2), and
+with lam = -log(sigma) the flow is dx/dlam = mean(x, lam) - x.
 """
 import numpy as np
 
@@ -13,7 +15,7 @@ def mean(x, lam):
 
 
 def multistep(x, n, factor):
-    """Third-order multistep update in the notation of the released code: x0-prediction, equal steps in lam."""
+    "The update in the notation of the released code, even steps."
     lams = np.linspace(FIRST, LAST, n + 1)
     past = []
     for lam, then in zip(lams, lams[1:]):
@@ -25,8 +27,10 @@ def multistep(x, n, factor):
             r0 = (lam - past[1][0]) / h
             new = new - 0.5 * phi_1 * (m0 - past[1][1]) / r0
         if len(past) == 3:
-            r0, r1 = (lam - past[1][0]) / h, (past[1][0] - past[2][0]) / h
-            d0, d1 = (m0 - past[1][1]) / r0, (past[1][1] - past[2][1]) / r1
+            r0 = (lam - past[1][0]) / h
+            r1 = (past[1][0] - past[2][0]) / h
+            d0 = (m0 - past[1][1]) / r0
+            d1 = (past[1][1] - past[2][1]) / r1
             D1 = d0 + r0 / (r0 + r1) * (d0 - d1)
             D2 = factor * (d0 - d1) / (r0 + r1)
             phi_2 = phi_1 / h + 1.0
@@ -52,6 +56,9 @@ if __name__ == "__main__":
     start = np.exp(-FIRST) * np.linspace(-2, 2, 41)
     end, steps = exact(start), (40, 80, 160, 320)
     for factor, name in ((1, "as released"), (2, "D2 doubled")):
-        errors = [np.abs(multistep(start, n, factor) - end).mean() for n in steps]
+        found = [multistep(start, n, factor) for n in steps]
+        errors = [np.abs(x - end).mean() for x in found]
         orders = [np.log2(a / b) for a, b in zip(errors, errors[1:])]
-        print(f"{name:12} errors " + " ".join(f"{e:.1e}" for e in errors) + "   orders " + " ".join(f"{p:.2f}" for p in orders))
+        said = " ".join(f"{e:.1e}" for e in errors)
+        print(f"{name:12} errors {said}   orders",
+              " ".join(f"{p:.2f}" for p in orders))
