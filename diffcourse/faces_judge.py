@@ -8,7 +8,7 @@ __all__ = ['COUNTS', 'EVEN', 'BALD', 'ANYBODY', 'VALID', 'OWN', 'FaceJudge', 'Re
            'judge_faces', 'main']
 
 # %% ../nbs/44_faces_judge.ipynb #1e88d4b0
-import argparse, hashlib, itertools, json
+import argparse, itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -139,16 +139,7 @@ def publish(trained):
     _calibrate(net)
     tensors = {k: v.half() if v.ndim else v
                for k, v in net.state_dict().items()}
-    folder = runs._package() / "weights"
-    file, index = folder / "faces32-judge.safetensors", {}
-    runs.save_tensors(file, tensors, meta)
-    if (folder / "index.json").exists():
-        index = json.loads((folder / "index.json").read_text())
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    index["faces32/judge"] = {"file": file.name, "sha256": digest}
-    runs.atomic_write(folder / "index.json",
-                      json.dumps(index, indent=1) + "\n")
-    return digest
+    return runs.ship("faces32/judge", tensors, meta)
 
 # %% ../nbs/44_faces_judge.ipynb #38e50b6f
 def _seen(x):  # faces as the judge sees them

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['declare', 'check', 'device', 'peak_mb', 'clock', 'run_name', 'whole', 'home', 'atomic_write', 'not_written',
-           'save_tensors', 'load_tensors', 'load_meta', 'rng']
+           'save_tensors', 'load_tensors', 'load_meta', 'ship', 'rng']
 
 # %% ../nbs/19_runs.ipynb #8aa0f251
-import importlib.util, json, numbers, os, sys, tempfile, time
+import hashlib, importlib.util, json, numbers, os, sys
+import tempfile, time
 from contextlib import suppress
 from pathlib import Path
 
@@ -356,6 +357,24 @@ def load_meta(
 
     Raises: FileNotFoundError; ValueError as `load_tensors`."""
     return _read(path, lambda f: None)[1]
+
+# %% ../nbs/19_runs.ipynb #5b1de0a2
+def ship(
+    name: str,  # as `load` calls it: "faces32/judge"
+    tensors: dict,  # name -> tensor
+    meta: dict,  # as in `save_tensors`
+) -> str:  # the sha256 of the file
+    "Write weights into the package, and their hash into its index."
+    folder = _package() / "weights"
+    file, index = folder / "index.json", {}
+    own = folder / f"{name.replace('/', '-')}.safetensors"
+    save_tensors(own, tensors, meta)
+    digest = hashlib.sha256(own.read_bytes()).hexdigest()
+    if file.exists():
+        index = json.loads(file.read_text())
+    index[name] = {"file": own.name, "sha256": digest}
+    atomic_write(file, json.dumps(index, indent=1) + "\n")
+    return digest
 
 # %% ../nbs/19_runs.ipynb #93a36955
 def rng(

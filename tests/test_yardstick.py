@@ -1,5 +1,7 @@
 """The two judges and the yardstick: what they share, weights against arithmetic, copies flagged, damage ranked, bad input."""
 
+import hashlib
+import json
 import math
 
 import numpy as np
@@ -73,6 +75,27 @@ def test_a_changed_judge_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="not the published"):
         judges.judge("pixels")
     judges.judge.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judge_is_trained_calibrated_and_published(kind, tmp_path, monkeypatch):
+    from diffcourse import _network, runs
+
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    (tmp_path / "weights").mkdir()
+    made = judges.train_judge(kind, steps=3, run="judge")
+    monkeypatch.setattr(runs, "_package", lambda: tmp_path)
+    digest = judges.publish(kind, made)
+    file = tmp_path / "weights" / f"mnist28-judge-{kind}.safetensors"
+    index = json.loads((tmp_path / "weights" / "index.json").read_text())
+    assert index == {f"mnist28/judge-{kind}": {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}}
+    assert index[f"mnist28/judge-{kind}"]["sha256"] == digest
+    tensors, meta = runs.load_tensors(file)
+    net = _network(file, tensors, meta)
+    other = judges.half(1 - judges.KINDS[kind][1]).x[:300]
+    with torch.no_grad():
+        assert torch.allclose(net.features(other), made.net.features(other), atol=1e-3)
+    assert tensors["hidden.weight"].dtype == torch.float16 and tensors["scale"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("bad, says", [
