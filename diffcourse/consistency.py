@@ -66,7 +66,7 @@ def _gap(self, step: int) -> float:  # of the interval, as a share of t
     return 2.0**-k
 
 
-def _ends(net, x, t):  # f, in full precision
+def _ends(net, x, t):  # f
     return x - expand(t, x) * net(x, t).to(x.dtype)
 
 
@@ -74,11 +74,12 @@ def _call(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
     "The loss of each sample, as `fit` wants it."
     t, eps = 1 - draw.t(), draw.noise()
     r = t * (1 - self._gap(draw.step))
-    x = self.path.add_noise(x0, eps, t)
-    with torch.no_grad():
-        y = self._moved(x, x0, eps, t, r)
-        want = _ends(net, y, r)
-    d = (_ends(net, x, t) - want).square().flatten(1).mean(1)
+    with torch.autocast(x0.device.type, enabled=False):
+        x = self.path.add_noise(x0, eps, t)
+        with torch.no_grad():
+            y = self._moved(x, x0, eps, t, r)
+            want = _ends(net, y, r)
+        d = (_ends(net, x, t) - want).square().flatten(1).mean(1)
     return ((d + self.c**2).sqrt() - self.c) / (t - r)
 
 # %% ../nbs/62_consistency.ipynb #80f728e9

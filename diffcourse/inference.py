@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEAST', 'Effect', 'effect', 'power', 'visible', 'decide', 'differences']
 
-# %% ../nbs/25_inference.ipynb #f82c26f0
-import math, statistics
+# %% ../nbs/25_inference.ipynb #64c045fb
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ class Effect:
 
     name: str  # of what is compared
     value: float  # the mean over trainings and noises
-    error: float  # its standard error; its square is never too small
+    error: float  # its standard error, its square on average not short
     trainings: int
     noises: int
     luck: tuple  # sd of the luck of training, of noise, and of the rest

@@ -90,7 +90,7 @@ class Marks:
 
     fd: float  # Fréchet distance, weighted to the reference's classes
     floor: float  # the same of as many real images
-    class_error: float  # share of samples in the wrong class
+    class_error: float  # share that would have to change class
     precision: float  # share of samples among the real images
     recall: float  # share of the real images among the samples
     memorisation: float  # 1: no closer to training images than unseen

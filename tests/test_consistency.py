@@ -136,6 +136,15 @@ def test_renoise_with_the_exact_ends_draws_the_data_whatever_the_grid():
     assert Renoise().stochastic
 
 
+def test_mixed_precision_does_not_reach_the_difference_of_two_ends():
+    torch.manual_seed(0)
+    net, x0, draw = MLP(), MIX.sample(200)[:, None].float(), Draw(200, step=6)
+    draw._t, draw._eps = draw._t.float(), draw._eps.float()
+    plain = Consistency(7)(net, x0, draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Consistency(7)(net, x0, draw), plain)
+
+
 @pytest.mark.parametrize("make, says", [
     (lambda: Consistency(0), "iterations"), (lambda: Consistency(3, stages=7), "no room for 7 stages"), (lambda: Consistency(10, stages=0), "stages"), (lambda: Consistency(10, c=0), "c above 0"),
     (lambda: Consistency(10, rule="heun"), "'ddim', 'midpoint'"),
