@@ -23,7 +23,7 @@ class Effect:
 
     name: str  # of what is compared
     value: float  # the mean over trainings and noises
-    error: float  # its standard error, its square on average not short
+    error: float  # standard error, of a square that is a little large
     trainings: int
     noises: int
     luck: tuple  # sd of the luck of training, of noise, and of the rest
