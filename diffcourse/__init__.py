@@ -48,6 +48,7 @@ _names |= {
     "stochastic": "EDM SDEDPMpp",
     "adaptive": "RK45",
     "tuned": "TwoStage Multistep",
+    "matrix": "",
     "distill": "Distillation compact",
     "consistency": "Consistency Renoise",
     "flow_maps": "FlowMapLoss",

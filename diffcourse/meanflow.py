@@ -399,7 +399,7 @@ def end_point_rms(
 def make_pairs(
     den: Denoiser,  # the teacher
     n: int,  # pairs
-    seed: int = 1_000_000,  # of the first noise; 4000 is the least
+    seed: int = 1_000_000,  # of the first noise; 6000 is the least
     solver: Solver = Euler(),  # one that draws no noise
     grid: Grid | Sequence[float] = uniform(40),  # from t = 1
     batch: int = 500,  # noises at a time
@@ -438,10 +438,10 @@ def _check_pairs(seed, solver, first, precision):
         raise ValueError(
             f"precision={precision!r}: 'auto', 'fp32' or 'bf16'"
         )
-    if seed < 4000:
+    if seed < 6000:
         raise ValueError(
-            f"seed = {seed}: the noises of the seeds 0 to 3999 judge, "
-            "they must not teach; take 4000 or more"
+            f"seed = {seed}: the noises of the seeds 0 to 5999 judge, "
+            "they must not teach; take 6000 or more"
         )
     if solver.stochastic or first != 1:
         raise ValueError(

@@ -152,7 +152,7 @@ def test_bytes():
     (torch.zeros(70, 1, 16, 16), "the judge sees"),
     (torch.zeros(70, 3, 8, 8), "the judge sees"),
     (torch.full((70, 1, 8, 8), math.nan), "70 of 70 images hold nan"),
-    (torch.zeros(20, 1, 8, 8), "20 samples for 64 features"),
+    (torch.zeros(20, 1, 8, 8), "20 images for 64 features"),
 ])
 def test_images_that_cannot_be_scored(bad, says):
     with pytest.raises(ValueError, match=says):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from diffcourse import inference
-from diffcourse.inference import Effect, decide, differences, effect, power, visible
-from diffcourse.records import Records
+from diffcourse.inference import Effect, compare, decide, differences, effect, power, verdicts, visible
+from diffcourse.records import VERSIONS, Records, _judged
 
 
 def table(rng, training, noise, rest, S=5, N=5):
@@ -187,3 +187,34 @@ def test_an_effect_has_no_verdict_before_it_is_decided():
     one = effect(np.full((5, 5), 0.1))
     assert one.verdict == "" and str(one) == "+0.10 [+0.10, +0.10] F"
     assert str(decide([one], 0.05)[0]).endswith(": worse")
+
+
+def test_records_of_another_version_are_not_compared():
+    def made(judge):
+        return Records(dict(train_seed=s, seeds=f"{n}000", value=1.0 + 0.1 * ((s + n) % 3), floor=0.5, made={"judge": judge}, **_judged("digits"))
+                       for s in range(5) for n in range(5))
+
+    now = made(VERSIONS["judge"])
+    assert compare({"x": (now, now)})[0].value == 0
+    mixed = Records([*now[:24], made(1)[24]])
+    for pair in ((mixed, now), (now, made(1))):
+        with pytest.raises(ValueError, match="of another version of the code or of the protocol: run make results"):
+            compare({"x": pair})
+
+
+def test_a_family_is_decided_together_and_told_as_a_table():
+    draw = np.random.default_rng(0)
+
+    def made(mean):
+        return Records(dict(train_seed=s, seeds=f"{n}000", value=0.5 * (mean + 0.05 * draw.standard_normal()), floor=0.5)
+                       for s in range(5) for n in range(5))
+
+    base = made(2.0)
+    found = compare({"lower": (made(1.0), base), "same": (made(2.0), base), "higher": (made(3.0), base)})
+    assert [e.verdict for e in found] == ["better", "equal", "worse"] and abs(found[0].value + 1) < 0.05
+    table = verdicts(found)
+    assert table.rows[0][0] == "lower" and table.rows[0][-1] == "better" and "5 trainings x 5 sets" in table.note
+    with pytest.raises(ValueError, match="0 comparisons"):
+        compare({})
+    with pytest.raises(ValueError, match="20 cells of 5 trainings and 5 noises|only one of the two"):
+        compare({"holes": (Records(base[:24]), base)})

@@ -8,7 +8,7 @@ from diffcourse import records as rc
 def record(seed=0, value=1.0, **more):
     return {"model": "m", "solver": "s", "grid": "uniform", "steps": 10, "nfe": 10, "train_seed": seed, "seeds": "0-9",
             "value": value, "floor": 0.5, "n": 10, "device": "D", "date": "2026-01-02",
-            "made": rc.versions(["data", "Euler"]), **rc._judged(), **more}
+            "made": rc.versions(["data", "Euler"]), **rc._judged("digits"), **more}
 
 
 def test_records_come_back(tmp_path):
@@ -34,8 +34,31 @@ def test_records_of_another_version_are_marked_and_not_mixed(tmp_path):
     assert "200.00 †" in repr(only_old.table("steps", "solver"))
     assert list(only_old.curves("nfe")) == ["s †"]
     assert found.curves("nfe")["s"] == ([10], [2.0], [2.0], [2.0])
-    with pytest.raises(ValueError, match="another version"):
-        rc.pairs(only_old, found.where(train_seed=0))
+    assert "1 records of another version are left out" in text and "†" not in text
+
+
+def test_another_protocol_never_stands_in_one_table(tmp_path):
+    "Before 2026-11-26 distances were not weighted to the classes: judge 1."
+    before = record(0, 50.0, steps=20, solver="old", made={"judge": 1, "Euler": 1})
+    for r in (record(0, 1.0), record(1, 1.5), before):
+        rc.write_record("x", r, tmp_path)
+    found = rc.read_records("x", tmp_path)
+    both, old = (repr(f.table("steps", "solver")) for f in (found, found.where(steps=20)))
+    assert "100.00" not in both and "old" not in both and "left out" in both
+    assert "100.00 †" in old and "another version" in old
+    assert list(found.curves("nfe")) == ["s"] and list(found.old().curves("nfe")) == ["old †"]
+
+
+def test_lost_classes_are_marked(tmp_path):
+    rc.write_record("x", record(0, 1.0, lost=[3]), tmp_path)
+    table = rc.read_records("x", tmp_path).table("steps", "solver")
+    assert "2.00 ‡" in repr(table) and "a class was lost" in table.note
+
+
+def test_mnist_is_judged_by_its_own_judge():
+    own = record(task="mnist28")
+    assert rc.Records([own]).old() and not rc.Records([own | rc._judged("mnist28")]).old()
+    assert rc.Records([own | rc._judged("mnist28") | {"feature_hash": "0"}]).old()
 
 
 def test_what_makes_a_record_old(monkeypatch):
@@ -51,17 +74,6 @@ def test_what_makes_a_record_old(monkeypatch):
 def test_a_family_that_does_not_exist():
     with pytest.raises(ValueError, match="no family .'Eular'.; there are .*'Euler'"):
         rc.versions(["Eular", "data"])
-
-
-def test_pairs(tmp_path):
-    a = rc.Records(record(s, v) for s, v in enumerate((1.0, 2.0, 3.0)))
-    b = rc.Records(record(s, v) for s, v in enumerate((2.0, 2.5, 3.5)))
-    (p,) = rc.pairs(a, b)
-    assert p.at == 10 and p.differences == [-2.0, -1.0, -1.0] and p.verdict == "better"
-    assert rc.pairs(b, a)[0].verdict == "worse"
-    mixed = rc.Records([*a[:2], record(2, 4.0)])
-    assert rc.pairs(mixed, b)[0].verdict == "undecided"
-    assert rc.pairs(a, rc.Records([record(0, nfe=7)])) == []
 
 
 def test_the_mean_over_sets_of_noise():

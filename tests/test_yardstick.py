@@ -147,7 +147,7 @@ def test_weights_take_the_luck_of_the_counts_out():
     sevens = (classes == 7).nonzero()[:, 0]
     few = torch.cat([even[classes[even] != 7], even[classes[even] == 7][:20]])
     raw = [fd(features[r], own.reference) for r in (even, few)]
-    fair = [own.distance(features[r], classes[r]) for r in (even, few)]
+    fair = [own.distance(features[r], classes[r])[0] for r in (even, few)]
     assert raw[1] > 2 * raw[0] and fair[1] < 1.5 * fair[0] and len(sevens) > 20
 
 
@@ -182,15 +182,18 @@ def test_the_copier_is_flagged_and_nothing_else_gives_it_away():
     assert own.measure(ys.kernel_density(1000, 0)).copies
 
 
-def test_a_model_that_lost_a_class_cannot_be_scored_but_one_that_has_few_can():
+def test_a_lost_class_is_named_and_weighted_only_where_one_has_samples():
     own = ys.yardstick("pixels")
     x = TRAIN.x[TRAIN.y != 4]
     found = own.judge.look(x[:600])[1]
     keep = x[:600][found != 4]
+    none = own.measure(keep)
+    features, classes = own.judge.look(keep)
+    assert none.lost == (4,) and none.headline.endswith("class 4 lost") and none.fd == pytest.approx(fd(features, own.reference))
     with pytest.raises(ValueError, match="is of class 4"):
-        own.measure(keep)
+        ys.class_weights(classes, own.shares)
     some = own.measure(torch.cat([keep, TRAIN.x[TRAIN.y == 4][:8]]))
-    assert some.class_error > 0.07
+    assert some.class_error > 0.07 and some.lost == () and some.fd < 0.6 * none.fd
 
 
 def test_shares_and_weights_and_counts_that_are_none():
