@@ -136,7 +136,6 @@ def identity(
 # %% ../nbs/20_experiments.ipynb #c2963357
 STARTS = {  # (network of the parent, task) -> network
     "fresh": lambda net, task: task.net(),
-    "fresh interval": lambda net, task: task.net(second_time=True),
     "copy": lambda net, task: trainable(net),
     "compact": lambda net, task: compact(net),
     "interval": lambda net, task: with_interval(net),

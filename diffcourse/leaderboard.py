@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['BOARD', 'PREFIX', 'LADDER', 'SOLVED', 'LONG', 'DRAWN', 'SHOWN', 'BLUE', 'ORANGE', 'Method', 'methods', 'ranked',
-           'leaderboard', 'method', 'students', 'rival', 'duels', 'levels', 'lines', 'breakeven', 'student_of', 'moved',
-           'pictures', 'champions', 'answer', 'poster', 'readme_table', 'main']
+           'leaderboard', 'method', 'students', 'rival', 'duels', 'levels', 'lines', 'breakeven', 'student_of',
+           'champions', 'moved', 'pictures', 'answer', 'poster', 'readme_table', 'main']
 
 # %% ../nbs/08_leaderboard.ipynb #167e374d
 import argparse, math, statistics, sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
 from . import _shipped, load
 from .data import digits
+from .evaluation import results_folder
 from .experiments import MODELS, lineage
 from .flow_matching import FlowMatching
 from .inference import LEAST, MARGIN, Effect, compare
@@ -92,6 +93,13 @@ def methods(
     """What was scored on all trainings and sets of noise.
 
     Raises: FileNotFoundError without records."""
+    files = (folder or results_folder()).glob("*.jsonl")
+    when = {p.name: p.stat().st_mtime_ns for p in files}
+    return [*_methods(folder, tuple(sorted(when.items())))]
+
+# %% ../nbs/08_leaderboard.ipynb #665f2768
+@cache
+def _methods(folder, when):  # read again where a file has changed
     found, groups = Records(), {}
     for name in BOARD:
         found += read_records(name, folder)
@@ -268,20 +276,26 @@ def student_of(m: Method) -> str:
     "The first model behind it."
     return min(lineage(m.model), key=lambda k: len(lineage(k)))
 
+# %% ../nbs/08_leaderboard.ipynb #7547bc3b
+def champions(
+    folder: Path | None = None,  # of records; None: the package's
+) -> dict:  # NFE -> best student, its rival, Effect of the family
+    "The student with the smallest distance at each NFE."
+    found = {}
+    for m, e in zip(students(folder), duels(folder=folder)):
+        if m.nfe not in found:  # they are ranked
+            found[m.nfe] = m, rival(m.nfe, folder=folder), e
+    return found
+
 # %% ../nbs/08_leaderboard.ipynb #f63610c2
 def moved(
     folder: Path | None = None,  # of records; None: the package's
 ) -> Table:
     "The first edition's verdicts beside those of today."
-    today = {}
-    for e, m in zip(duels(folder=folder), students(folder)):
-        best = today.get(m.nfe)
-        if best is None or m.level.value < best[0].level.value:
-            today[m.nfe] = m, e
-    rows = []
+    today, rows = champions(folder), []
     for r in read_records("first_edition", folder):
         now = today.get(r["nfe"])
-        said = f"{now[0].name}: {now[1].verdict}" if now else "–"
+        said = f"{now[0].name}: {now[2].verdict}" if now else "–"
         rows.append([str(r["nfe"]), f"{r['model']}: {r['verdict']}",
                      said])
     return Table(["NFE", "first edition, 8x8", "today"], rows,
@@ -318,17 +332,6 @@ def pictures(
     return found | {"real digits": digits("held_out").x[:n]}
 
 # %% ../nbs/08_leaderboard.ipynb #a55c8c6a
-def champions(
-    folder: Path | None = None,  # of records; None: the package's
-) -> dict:  # NFE -> best student, its rival, Effect of the family
-    "The student with the smallest distance at each NFE."
-    found = {}
-    for m, e in zip(students(folder), duels(folder=folder)):
-        if m.nfe not in found:  # they are ranked
-            found[m.nfe] = m, rival(m.nfe, folder=folder), e
-    return found
-
-
 def answer(
     folder: Path | None = None,  # of records; None: the package's
 ) -> str:
