@@ -24,8 +24,8 @@ class Consistency:
     The gap between them shrinks over the iterations, in stages.
 
     Raises: ValueError for what does not fit.
-    Source: Song et al. (2023), algorithms 2 and 3; the stages: Geng et
-    al. (2025)."""
+    Source: Song et al. (2023), algorithms 2 and 3, without the average;
+    the stages: Geng et al. (2025), Consistency Models Made Easy."""
 
     iterations: int  # of the training: the stages divide them evenly
     teacher: Denoiser | None = None  # moves the state; None: the data

@@ -147,7 +147,7 @@ def interval_weight(
     """The factor of an interval in a loss on the prediction.
 
     Raises: ValueError for a kind that does not exist.
-    Source: Salimans and Ho (2022), section 4, equations 8 to 10;
+    Source: Salimans and Ho (2022), section 4, after equation 9;
     "linear": Diwan (2026)."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose of {KINDS}")

@@ -204,7 +204,7 @@ def fd(
     """Fréchet distance of two clouds of features.
 
     Raises: ValueError for fewer samples than features.
-    Source: Heusel et al. (2017), equation 6."""
+    Source: Dowson and Landau (1982); Heusel et al. (2017)."""
     from torch_fidelity import metric_fid as tf
 
     _check_features(a, b)
@@ -329,7 +329,7 @@ class Score:
     fd: float  # Fréchet distance, weighted to the real classes
     class_error: float  # share that would have to change class
     lost: tuple  # classes of which there is no sample
-    kid: float  # kernel distance
+    kid: float  # kernel distance, unweighted: sees class counts, too
     kid_error: float  # its bootstrap standard error
     memorisation: float  # 1: no closer to the training set than unseen
     n: int  # samples
@@ -369,8 +369,9 @@ def score(
 ) -> Score:
     """The protocol: FD, classes, KID, memorisation, against the floor.
 
-    Raises: ValueError for other shapes, nan, or fewer than 65 images.
-    """
+    KID is unweighted, sees the class counts too; no verdict uses it.
+
+    Raises: ValueError for other shapes, nan, fewer than 65 images."""
     from diffcourse.yardstick import class_error
 
     (own, classes), (real, those) = look(x), _real()
@@ -403,7 +404,9 @@ def floor() -> float:
     """The recorded floor F.
 
     Raises: FileNotFoundError without its record; ValueError when it
-    belongs to another judge or data set."""
+    belongs to another judge, data set or version of the code."""
+    from diffcourse.records import VERSIONS
+
     file = results_folder() / "16_floor.jsonl"
     if not file.exists():
         raise FileNotFoundError(f"no floor at {file}: run make results")
@@ -417,6 +420,10 @@ def floor() -> float:
                 f"the recorded floor has {name} {record[name][:12]}…, "
                 f"here it is {now[:12]}…: run make results"
             )
+    then = record["made"]
+    if old := [f for f in then if VERSIONS.get(f) != then[f]]:
+        raise ValueError(f"the recorded floor is of another version of "
+                         f"{', '.join(old)}: run make results")
     return record["value"]
 
 # %% ../nbs/16_evaluation.ipynb #b0237c9d

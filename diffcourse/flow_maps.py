@@ -25,7 +25,7 @@ class FlowMapLoss:
     Raises: ValueError for an identity that does not exist, or a
     teacher that is no flow on the linear path.
     Source: Boffi et al. (2025); semigroup: Frans et al. (2025), Guo et
-    al. (2025); Eulerian: Geng et al. (2025)."""
+    al. (2025); Eulerian: Geng et al. (2025), MeanFlow."""
 
     identity: str = "semigroup"  # or "eulerian", "lagrangian"
     teacher: Denoiser | None = None  # of the velocity; None: the data

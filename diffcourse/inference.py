@@ -74,15 +74,15 @@ def effect(
 ) -> Effect:
     """The mean difference, both the training and the noise being luck.
 
-    Raises: ValueError for fewer than five of either, nan or inf.
-    Source: Clark (1973), min F'."""
+    Raises: ValueError for fewer than five of either, nan or inf, or
+    one number in all cells. Source: Clark (1973), min F'."""
     d = _checked(differences, name)
     (S, N), (A, B, E) = d.shape, _mean_squares(d)
     luck = (A - E) / N, (B - E) / S, E
     return Effect(
         name=name,
         value=float(d.mean()),
-        error=math.sqrt((A + B) / (S * N)),
+        error=math.sqrt(max(A + B, E) / (S * N)),
         trainings=S,
         noises=N,
         luck=tuple(math.sqrt(max(v, 0.0)) for v in luck),
@@ -102,9 +102,14 @@ def _checked(differences, name):
             f"{name or 'differences'}: {(~np.isfinite(d)).sum()} of "
             f"{d.size} are nan or inf: look at their samples"
         )
+    if d.any() and np.ptp(d) <= 1e-9 * abs(d).max():
+        raise ValueError(
+            f"{name or 'differences'}: all cells are {d[0, 0]:.3g}, so "
+            "there is no luck to see: was one set counted many times?"
+        )
     return d
 
-
+# %% ../nbs/25_inference.ipynb #f2d642da
 def _mean_squares(d):  # of trainings, of noises, of the rest
     import pandas
     from statsmodels.formula.api import ols
@@ -203,7 +208,7 @@ def decide(
 
 # %% ../nbs/25_inference.ipynb #693dd640
 def _word(e, seen, margin, alpha):
-    low, high = e.interval(1 - alpha)
+    low, high = e.interval(1 - 2 * alpha)  # two one-sided tests
     if -margin < low and high < margin:
         return "equal"
     if not seen:
@@ -234,8 +239,13 @@ def differences(
 ) -> np.ndarray:  # (S, N): a - b in units of F
     """Trainings by noises, for `effect`.
 
-    Raises: ValueError where the two have not the same cells, and what
-    `values` raises."""
+    Raises: ValueError where the two have not the same cells or were
+    not scored alike, and what `values` raises."""
+    for k in "metric task n feature_hash reference_hash".split():
+        found = {r.get(k) for r in (*a, *b)}
+        if len(found) > 1:
+            raise ValueError(f"{k} is {' and '.join(map(str, found))}: "
+                             "these do not compare")
     cells = [_cells(r).keys() for r in (a, b)]
     if odd := sorted(cells[0] ^ cells[1]):
         raise ValueError(
@@ -252,6 +262,9 @@ def _cells(records):
             f"{len(old)} of {len(records)} records are of another "
             "version of the code or of the protocol: run make results"
         )
+    if not all(0 < r["floor"] < math.inf for r in records):
+        raise ValueError("a floor that is finite and above zero is "
+                         "needed: run make results")
     found = {(r["train_seed"], r["seeds"]): r["value"] / r["floor"]
              for r in records}
     if len(found) < len(records):
@@ -289,7 +302,8 @@ def verdicts(
         between = f"{low:+.2f} to {high:+.2f}"
         rows.append([e.name, f"{e.value:+.2f}", between, e.verdict])
     note = (
-        "first less second, in F, with its 95 % interval; "
+        "first less second, in F, with the 95 % interval of this "
+        "comparison alone; "
         f"{effects[0].trainings} trainings x {effects[0].noises} sets "
         f"of noise. Verdicts hold for the {len(rows)} together (Holm); "
         f"equal: surely within {margin} F"

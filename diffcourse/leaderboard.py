@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOARD', 'PREFIX', 'LADDER', 'SOLVED', 'LONG', 'DRAWN', 'SHOWN', 'BLUE', 'ORANGE', 'Method', 'methods', 'ranked',
-           'leaderboard', 'method', 'students', 'rival', 'duels', 'levels', 'lines', 'breakeven', 'student_of',
+           'leaderboard', 'baselines', 'method', 'students', 'rival', 'duels', 'levels', 'lines', 'breakeven',
            'champions', 'moved', 'pictures', 'answer', 'poster', 'readme_table', 'main']
 
 # %% ../nbs/08_leaderboard.ipynb #167e374d
@@ -18,13 +18,14 @@ import torch
 from . import _shipped, load
 from .data import digits
 from .evaluation import results_folder
-from .experiments import MODELS, lineage
+from .experiments import MODELS
 from .flow_matching import FlowMatching
 from .inference import LEAST, MARGIN, Effect, compare
 from .inference import effect, values
 from .paths import patch_to
 from .records import Records, Table, _newest, read_records
 from .sampling import sample, uniform
+from .yardstick import CLOSE
 
 # %% ../nbs/08_leaderboard.ipynb #e84e8c85
 BOARD = "04_flow", "06_distill", "07_one_step"  # experiments
@@ -72,6 +73,13 @@ def name(self) -> str:
     usual = self.student and parts[1] in ("Euler", "MeanFlow")
     parts = parts[:: 2 if usual else 1]
     return ", ".join(p for p in parts if p != "uniform")
+
+
+@patch_to(Method)
+@property
+def loses(self) -> bool:
+    "Is a class without samples in some of its sets?"
+    return any(r.get("lost") for r in self.records)
 
 
 @patch_to(Method)
@@ -139,7 +147,8 @@ def leaderboard(
     note = (
         "FD in multiples of F; interval of the level, over "
         f"{LEAST} trainings and {LEAST} sets of noise; training: with "
-        "all that it stands on, in thousands of images; "
+        "all that it stands on, in thousands of images; ‡: whole "
+        "classes are lost in some sets, and their FD is not weighted; "
         f"{Records(r for m in found for r in m.records).caption()}"
     )
     return Table(head, [_cells(m) for m in found], note)
@@ -148,13 +157,38 @@ def leaderboard(
 def _cells(m):
     low, high = m.level.interval()
     kind = "student" if m.student else "undistilled"
-    return [str(m.nfe), kind, m.name, f"{m.level.value:.2f}",
+    name = m.name + " ‡" * m.loses
+    return [str(m.nfe), kind, name, f"{m.level.value:.2f}",
             f"{max(low, 0):.2f}–{high:.2f}",
             f"{m.mean('class_error'):.3f}",
             f"{m.mean('memorisation'):.2f}",
             f"{m.mean('total_seconds'):.0f}",
             f"{m.mean('total_images') / 1000:.0f}k",
             f"{m.seconds:.1f}"]
+
+# %% ../nbs/08_leaderboard.ipynb #7f753821
+def baselines(
+    folder: Path | None = None,  # of records; None: the package's
+) -> Table:
+    "Models without a network, and how many of the board they beat."
+    every, rows = _newest(read_records("08_baselines", folder)), []
+    board = [m.level.value for m in methods(folder)]
+    for name in dict.fromkeys(r["model"] for r in every):
+        own = every.where(model=name)
+        level = effect(values(own), name)
+        low, high = level.interval()
+        near = statistics.mean(r["memorisation"] for r in own)
+        error = statistics.mean(r["class_error"] for r in own)
+        behind = sum(v > level.value for v in board)
+        rows.append([name, f"{level.value:.2f}",
+                     f"{max(low, 0):.2f}–{high:.2f}", f"{error:.3f}",
+                     f"{near:.2f}" + ", copies" * (near < CLOSE),
+                     f"{behind} of {len(board)}"])
+    rows.sort(key=lambda row: float(row[1]))
+    head = ["model", "FD / F", "95 %", "class error"]
+    head += ["memorisation", "ahead of"]
+    return Table(head, rows, "FD in multiples of F, with the interval "
+                 "of the level; ahead of: methods of the board")
 
 # %% ../nbs/08_leaderboard.ipynb #6e4309d0
 def method(
@@ -200,7 +234,7 @@ def duels(
     """Students against the undistilled method of the same NFE.
 
     "rival": the last of the ladder; "teacher": the first; "seconds",
-    "images": the first that cost as much, else the last; "long": the
+    "images": the first that cost as much, where one did; "long": the
     teacher with all its evaluations.
 
     Raises: ValueError for another kind."""
@@ -209,13 +243,13 @@ def duels(
                          "'seconds', 'images' or 'long'")
     asked = {}
     for m in students(folder):
-        other = _opposite(m, kind, folder)
-        name = f"NFE {m.nfe}: {m.name} – {other.name}"
-        asked[name] = m.records, other.records
-    return compare(asked)
+        if other := _opposite(m, kind, folder):
+            name = f"NFE {m.nfe}: {m.name} – {other.name}"
+            asked[name] = m.records, other.records
+    return compare(asked) if asked else []
 
 # %% ../nbs/08_leaderboard.ipynb #33739048
-def _opposite(m, kind, folder):
+def _opposite(m, kind, folder):  # None: nothing costs as much
     if kind == "long":
         return method(LADDER[0], *LONG, folder)
     ladder = [rival(m.nfe, k, folder) for k in LADDER]
@@ -223,7 +257,7 @@ def _opposite(m, kind, folder):
         return ladder[-1 if kind == "rival" else 0]
     field = f"total_{kind}"
     dear = [c for c in ladder if c.mean(field) >= m.mean(field)]
-    return [*dear, ladder[-1]][0]
+    return dear[0] if dear else None
 
 # %% ../nbs/08_leaderboard.ipynb #27ec17d9
 def levels(
@@ -258,23 +292,19 @@ def breakeven(
     folder: Path | None = None,  # of records; None: the package's
 ) -> tuple:  # the undistilled method it replaces, images; None: never
     "From how many images on the training of a student has paid."
-    plain = [m for m in ranked(methods(folder)) if not m.student
-             and m.model == student_of(student)]
+    plain = [m for m in methods(folder) if not m.student]
+    plain.sort(key=lambda m: m.seconds)
     asked = {m.name + str(m.nfe): (m.records, student.records)
              for m in plain}
+    level = 1 - 2 * 0.05 / len(plain)  # one-sided, for all together
     good = [m for m, e in zip(plain, compare(asked))
-            if e.verdict != "worse"]
+            if e.interval(level)[1] < MARGIN]
     if not good or good[0].seconds <= student.seconds:
         return (good[0] if good else None), None
     extra = student.mean("total_seconds")
     extra -= good[0].mean("total_seconds")
     saved = good[0].seconds - student.seconds
     return good[0], max(0, round(1000 * extra / saved, -2))
-
-
-def student_of(m: Method) -> str:
-    "The first model behind it."
-    return min(lineage(m.model), key=lambda k: len(lineage(k)))
 
 # %% ../nbs/08_leaderboard.ipynb #7547bc3b
 def champions(
@@ -336,13 +366,20 @@ def answer(
     folder: Path | None = None,  # of records; None: the package's
 ) -> str:
     "What a student gains at equal NFE, in a sentence."
-    by = {}
-    for n, (*_, e) in sorted(champions(folder).items()):
-        by.setdefault(e.verdict, []).append(n)
+    by, none = {}, []
+    for n, (_, other, e) in sorted(champions(folder).items()):
+        if other.loses:
+            none.append(n)
+        else:
+            by.setdefault(e.verdict, []).append(n)
     said = [f"{word} at {_listed(at)}" for word, at in by.items()]
-    return ("Against the teacher trained on for longer, with a good "
+    text = ("Against the teacher trained on for longer, with a good "
             "solver and as many evaluations, the best student is "
             f"{_listed(said)}.")
+    if none:
+        text += (f" At {_listed(none)} the undistilled flow loses "
+                 "whole classes: there is nothing to compare with.")
+    return text
 
 
 def _listed(words):

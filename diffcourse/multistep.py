@@ -31,14 +31,15 @@ def _basis(nodes, at):  # one array a node: 1 there, 0 at the others
 class DEIS(Solver):
     """A polynomial through past guesses, integrated; NFE 1 a step.
 
-    Of lower order while the past is short. DDIM where a weight is
-    infinite: with the noise from alpha = 0, in lam from or to an end
-    where the data has it infinite.
+    The order counts guesses: the paper's tABk uses k + 1. Of lower
+    order while the past is short. DDIM where a weight is infinite: with
+    the noise from alpha = 0, in lam from or to an end where the data
+    has it infinite.
 
     Raises: ValueError for an order, form or clock that does not exist,
     and for clock "t" on a table, which has no time between its entries.
-    Source: Zhang and Chen (2023), tAB-DEIS; the clock lam: "logrho" of
-    diffusers; the data form: Lu et al. (2025)."""
+    Source: Zhang and Chen (2023), tAB-DEIS: noise in t. "logrho" of
+    diffusers: in lam; Zhao et al. (2023): data. Data in t: ours."""
 
     def __init__(
         self,

@@ -79,7 +79,8 @@ def _parameters(
         )
     names = {}
     for k, v in ns["_declared"].items():
-        if isinstance(v, _SIMPLE) and k not in ("In", "Out"):
+        constant = k.isupper() or k in ("In", "Out")
+        if isinstance(v, _SIMPLE) and not constant:
             names[k] = v
     return names
 

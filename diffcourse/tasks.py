@@ -317,7 +317,7 @@ _TASKS = {
     "mnist28": Task(
         "mnist28", 1, 28, functools.partial(_mnist, 28),
         dict(base=24, mults=(1, 2), attention=(7,), patch=2),
-        _SMALL | dict(steps=10_000),
+        _SMALL | dict(steps=12_000, batch=32, lr=2e-3, decay=0.5),
         _judge_mnist, 113, 1996, _features_of_mnist),
     "faces32": Task(
         "faces32", size=32, read=functools.partial(_faces, 32),

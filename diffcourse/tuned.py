@@ -91,7 +91,8 @@ class Multistep(Solver):
 
     Raises: ValueError for rows that are none, or a budget that the
     weights were not made for.
-    Source: Shaul et al. (2024), non-stationary solvers, for the form.
+    Source: Duan et al. (2023), OLSS, for least squares along the
+    trajectory; Shaul et al. (2024), non-stationary, for the form.
     """
 
     def __init__(
@@ -153,7 +154,10 @@ def learned_multistep(
     seeds: Sequence[int],  # of the noises it is chosen on
     past: int = 3,  # slopes in use, at most
 ) -> Multistep:
-    "The weights that come nearest to the limit, step by step."
+    """The weights that come nearest to the limit, step by step.
+
+    Source: Duan et al. (2023), OLSS, for least squares along the
+    trajectory; Shaul et al. (2024) for the form."""
     past = runs.whole("past", past)
     times = as_grid(grid).times(den.path).tolist()
     road = limit(den, shape, grid, seeds)

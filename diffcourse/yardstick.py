@@ -10,14 +10,14 @@ __all__ = ['CLOSE', 'BASELINES', 'class_weights', 'lost_classes', 'class_error',
 # %% ../nbs/59_yardstick.ipynb #7ee00379
 import math, statistics
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import runs
-from .data import mnist5k
+from .data import Images, mnist5k
 from .evaluation import memorisation
 from .judges import Judge, judge
 
@@ -125,12 +125,12 @@ class Marks:
         return self.fd / self.floor
 
 # %% ../nbs/59_yardstick.ipynb #7858d6ba
-CLOSE = 0.8  # memorisation below which samples are called copies
+CLOSE = 0.9  # memorisation below which samples are called copies
 
 
 def _copies(self) -> bool:
     "Are they suspiciously close to the training images?"
-    return self.memorisation < CLOSE
+    return not self.memorisation >= CLOSE
 
 
 def _headline(self) -> str:  # for a cell of a table
@@ -225,26 +225,34 @@ def yardstick(kind: str = "pixels") -> Yardstick:
     return Yardstick(judge(kind))
 
 # %% ../nbs/59_yardstick.ipynb #e850d828
-def copies(n: int, seed: int) -> Tensor:
+def copies(
+    n: int,
+    seed: int,
+    train: Images | None = None,  # None: those of MNIST
+) -> Tensor:
     """Training images, as they are.
 
     Raises: ValueError for more than there are."""
-    x, n = mnist5k("train").x, runs.whole("n", n)
+    x, n = _train(train).x, runs.whole("n", n)
     if n > len(x):
         raise ValueError(f"n = {n}: there are {len(x)} to copy")
     return x[runs.rng(seed).permutation(len(x))[:n]]
 
 
-def kernel_density(n: int, seed: int, width: float = 0.2) -> Tensor:
+def _train(images):
+    return mnist5k("train") if images is None else images
+
+
+def kernel_density(n, seed, train=None, width: float = 0.2) -> Tensor:
     "Training images with noise of this standard deviation."
-    x = copies(n, seed)
+    x = copies(n, seed, train)
     noise = runs.rng(seed, 1).standard_normal(tuple(x.shape))
     return x + width * torch.from_numpy(noise).float()
 
 # %% ../nbs/59_yardstick.ipynb #08f2796d
-def gaussian_a_class(n: int, seed: int) -> Tensor:
+def gaussian_a_class(n: int, seed: int, train=None) -> Tensor:
     "Ten Gaussians of pixels, drawn as often as their classes are."
-    train, rng = mnist5k("train"), runs.rng(seed)
+    train, rng = _train(train), runs.rng(seed)
     counts = train.y.bincount(minlength=10).double().numpy()
     drawn, parts = rng.multinomial(n, counts / counts.sum()), []
     for c, k in enumerate(drawn):
@@ -252,37 +260,37 @@ def gaussian_a_class(n: int, seed: int) -> Tensor:
         cov = np.cov(own.T) + 1e-4 * np.eye(own.shape[1])
         parts.append(rng.multivariate_normal(own.mean(0), cov, k,
                                              method="cholesky"))
-    return _shuffled(np.concatenate(parts), seed)
+    return _shuffled(np.concatenate(parts), seed, train)
 
 # %% ../nbs/59_yardstick.ipynb #8c9a6801
-def _shuffled(rows, seed):  # -> images, in no order
+def _shuffled(rows, seed, train):  # -> images, in no order
     order = runs.rng(seed, 2).permutation(len(rows))
     x = torch.from_numpy(rows[order]).float()
-    return x.reshape(-1, 1, 28, 28)
+    return x.reshape(-1, *train.x.shape[1:])
 
 # %% ../nbs/59_yardstick.ipynb #0ae47b4b
-def mixture_of_gaussians(n: int, seed: int, parts: int = 100) -> Tensor:
-    "Fitted to the 60 principal directions of the pixels."
+def mixture_of_gaussians(
+    n: int, seed: int, train=None, parts: int = 100
+) -> Tensor:
+    "Fitted to the 60 principal directions of the pixels, or to all."
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
-    x = mnist5k("train").x.flatten(1).numpy()
-    axes = PCA(60, random_state=0).fit(x)
+    train = _train(train)
+    x = train.x.flatten(1).numpy()
+    axes = PCA(min(60, x.shape[1]), random_state=0).fit(x)
     fit = GaussianMixture(parts, reg_covar=1e-3, random_state=seed,
                           max_iter=50)
     fit.fit(axes.transform(x).astype(float))
     drawn = axes.inverse_transform(fit.sample(n)[0])
-    return _shuffled(drawn, seed)
+    return _shuffled(drawn, seed, train)
 
 # %% ../nbs/59_yardstick.ipynb #9e8416dc
-def _mixture_of_30(n, seed):
-    return mixture_of_gaussians(n, seed, 30)
-
-
-BASELINES = {  # name -> images(n, seed)
+BASELINES = {  # name -> images(n, seed, training images)
     "copies of training images": copies,
     "a kernel density": kernel_density,
     "a Gaussian a class": gaussian_a_class,
-    "a mixture of 30 Gaussians": _mixture_of_30,
+    "a mixture of 30 Gaussians": partial(
+        mixture_of_gaussians, parts=30),
     "a mixture of 100 Gaussians": mixture_of_gaussians,
 }

@@ -203,14 +203,18 @@ def test_sorted_digits():
 
 # -- the floor ---------------------------------------------------------------
 
-@pytest.mark.parametrize("changed", ["feature_hash", "reference_hash"])
-def test_a_floor_of_another_judge_or_data_set(tmp_path, monkeypatch, changed):
-    line = read_records("16_floor")[0] | {changed: "f" * 64}
+@pytest.mark.parametrize("changed, value, says", [
+    ("feature_hash", "f" * 64, "feature_hash ffffffffffff.*make results"),
+    ("reference_hash", "f" * 64, "reference_hash ffffffffffff.*make results"),
+    ("made", {"data": 1, "judge": 1}, "of another version of judge: run make results"),
+])
+def test_a_floor_of_another_judge_data_set_or_version(tmp_path, monkeypatch, changed, value, says):
+    line = read_records("16_floor")[0] | {changed: value}
     (tmp_path / "16_floor.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(ev, "results_folder", lambda: tmp_path)
     ev.floor.cache_clear()
     try:
-        with pytest.raises(ValueError, match=f"{changed} ffffffffffff.*make results"):
+        with pytest.raises(ValueError, match=says):
             ev.floor()
     finally:
         ev.floor.cache_clear()

@@ -19,6 +19,7 @@ from diffcourse.unet import UNet
 from test_front_matter import sources
 
 ROOT = Path(__file__).resolve().parents[1]
+CHOSEN = {"TwoStage()", "Multistep()"}  # solvers made for a network
 
 
 def test_experiments_are_what_the_book_says():
@@ -26,7 +27,7 @@ def test_experiments_are_what_the_book_says():
         assert len(set(rows)) == len(rows), name
         for row in rows:
             assert row.model in ex.MODELS and row.grid in ex.GRIDS
-            assert hasattr(ex.solver_of(row.solver, row.steps), "step")
+            assert row.solver in CHOSEN or hasattr(ex.solver_of(row.solver, ex.uniform(row.steps)), "step")
             assert row.seeds in ex.NOISES
     assert len(ex.TRAIN_SEEDS) >= LEAST and len(set(ex.NOISES)) >= LEAST and min(ex.NOISES)[0] >= 1000
     with pytest.raises(ValueError, match="must not teach"):  # no noise of the report makes pairs
@@ -136,7 +137,41 @@ def test_every_recipe_trains(tmp_path, monkeypatch):
 
 def test_a_single_step_solver_that_no_budget_has():
     with pytest.raises(ValueError, match=r"DPMSolver\(3\) takes \[2, 4\] steps"):
-        ex.solver_of("DPMSolver(3)", 5)
+        ex.solver_of("DPMSolver(3)", ex.uniform(5))
+
+
+@pytest.mark.parametrize("solver, steps, nfe", [("TwoStage()", 1, 2), ("Multistep()", 5, 5)])
+def test_a_solver_is_chosen_for_the_network_of_a_row(solver, steps, nfe, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path))
+    monkeypatch.setattr(ex, "CHOICE", (0, 4))
+    made = rg.run_row("04_flow", ex.Row("flow", solver, steps, seeds=(1000, 1066)), 0, 2)
+    assert made["nfe"] == nfe and made["made"][solver[:-2]] == rc.VERSIONS[solver[:-2]]
+    assert ex.CHOICE[1] <= min(min(s) for s in ex.NOISES)  # it has seen no noise of the report
+
+
+def test_the_matrix_is_recorded_network_by_network(tmp_path, monkeypatch):
+    from diffcourse.matrix import CAST, ENTRIES, Cell
+
+    monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path / "home"))
+    every, asked = [("faces32/flow", 0, (1000, 1002)), ("faces32/flow", 0, (1002, 1004))], []
+
+    def small(den, shape, seeds):
+        asked.append((*shape, *seeds))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [Cell("AB2", "even, 1 to 0", 10, 0.25, 0.3), Cell("Euler", "even, 1 to 0", 10, 0.5, 0.6)]
+
+    monkeypatch.setattr(rg, "_networks", lambda: every)
+    monkeypatch.setattr(rg, "matrix", small)
+    with pytest.raises(KeyboardInterrupt):
+        rg.make_results([rg.MATRIX], folder=tmp_path)
+    for _ in range(2):  # the second call finds nothing to do
+        rg.make_results([rg.MATRIX], folder=tmp_path)
+    assert asked == [(3, 32, 32, 1000, 1001), (3, 32, 32, 1002, 1003), (3, 32, 32, 1002, 1003)]
+    found = rc.read_records(rg.MATRIX, tmp_path)
+    assert [r["seeds"] for r in found] == ["1000-1001", "1002-1003"] and not found.old()
+    assert found[0]["value"] == 0.25 and Cell(*found[0]["cells"][1]) == Cell("Euler", "even, 1 to 0", 10, 0.5, 0.6)
+    assert set(ENTRIES) <= found[0]["made"].keys() and len(CAST) == 19
 
 
 def test_every_record_is_committed():
@@ -213,7 +248,7 @@ def evaluations(row):
     "Network evaluations for one sample, from the solver's name alone."
     if row.solver.startswith("DPMSolver"):
         return dict(zip((2, 4) if "3" in row.solver else (3, 5), ex.BUDGETS))[row.steps]
-    return row.steps * {"Heun()": 2, "Midpoint()": 2, "RK4()": 4}.get(row.solver, 1)
+    return row.steps * {"Heun()": 2, "Midpoint()": 2, "TwoStage()": 2, "RK4()": 4}.get(row.solver, 1)
 
 
 def test_what_a_record_holds():

@@ -149,11 +149,24 @@ def test_tables_with_holes_are_refused(a, b, says):
         differences(Records(a), Records(b))
 
 
+@pytest.mark.parametrize("field, a, b", [("task", "digits", "mnist28"), ("n", 200, 1000), ("feature_hash", "0", "1"), ("metric", "FD", "FID")])
+def test_what_was_not_scored_alike_is_not_compared(field, a, b):
+    with pytest.raises(ValueError, match=f"{field} is .*: these do not compare"):
+        differences(records(0, **{field: a}), records(0, **{field: b}))
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, math.inf, math.nan])
+def test_a_floor_that_is_none(floor):
+    with pytest.raises(ValueError, match="a floor that is finite and above zero"):
+        differences(Records(r | {"floor": floor} for r in records(0)), records(0))
+
+
 @pytest.mark.parametrize("d, says", [
     (np.zeros((4, 5)), r"\(4, 5\) came, \(trainings, sets of noise\)"),
     (np.zeros((5, 3)), "5 of each or more"),
     (np.zeros(25), r"\(25,\) came"),
     (np.full((5, 5), np.nan), "25 of 25 are nan or inf"),
+    (np.full((5, 5), 0.1), "all cells are 0.1, so there is no luck to see"),
 ])
 def test_what_effect_refuses(d, says):
     with pytest.raises(ValueError, match=says):
@@ -184,9 +197,29 @@ def test_what_decide_and_power_refuse():
 
 
 def test_an_effect_has_no_verdict_before_it_is_decided():
-    one = effect(np.full((5, 5), 0.1))
-    assert one.verdict == "" and str(one) == "+0.10 [+0.10, +0.10] F"
+    one = Effect("", 0.1, 0.01, 5, 5, (0, 0, 0))
+    assert one.verdict == "" and str(one) == "+0.10 [+0.07, +0.13] F"
     assert str(decide([one], 0.05)[0]).endswith(": worse")
+
+
+def test_a_table_of_nothing_but_the_rest_has_the_error_of_its_mean():
+    "Equal means in all rows and columns: the mean squares of both are zero, and the mean is still not certain."
+    k = np.arange(5)
+    d = 0.3 + 0.1 * ((k[:, None] + k) % 5 - 2)
+    assert d.mean(0) == pytest.approx(d.mean(1)) and effect(d).p > 1e-3
+    assert effect(d).error == pytest.approx(math.sqrt(squares(d)[2] / 25))
+
+
+def test_equal_is_schuirmanns_two_one_sided_tests():
+    "As statsmodels has it, for a paired sample: equal where both one-sided tests at 0.05 say so."
+    from statsmodels.stats.weightstats import ttost_paired
+
+    rng = np.random.default_rng(7)
+    for _ in range(40):
+        x = 0.1 * rng.standard_normal() + 0.25 * rng.standard_normal(5)
+        e = Effect("", x.mean(), x.std(ddof=1) / math.sqrt(5), 5, 5, (1, 1, 1))
+        p = ttost_paired(x, np.zeros(5), -0.3, 0.3)[0]
+        assert (decide([e], margin=0.3)[0].verdict == "equal") == (p < 0.05)
 
 
 def test_records_of_another_version_are_not_compared():

@@ -21,7 +21,8 @@ def test_a_budget_is_what_is_spent(name):
             first = 1.0 if name == "DPM-Solver-2" else 0.999  # its list of orders is for a grid from 1
             last = 0.0 if name in ("DPM-Solver-2", "EDM Heun") else 0.001
             found[nfe] = sample(DEN, (1,), solver, uniform(steps, first, last), range(2)).nfe
-    assert found and all(spent == nfe for nfe, spent in found.items())
+    least = 1 if name == "EDM Heun" else 0  # which leaves one of an even budget
+    assert found and all(nfe - least <= spent <= nfe for nfe, spent in found.items())
 
 
 def test_errors_are_distances_from_the_exact_flow():
@@ -33,7 +34,14 @@ def test_errors_are_distances_from_the_exact_flow():
     by_hand = sample(DEN, (1,), mx.Euler(), uniform(8), seeds).x[:, 0] - end
     assert of["Euler", 8] == pytest.approx(float(by_hand.square().mean().sqrt()), rel=1e-3)
     assert of["DDIM", 8] == pytest.approx(of["Euler", 8], rel=1e-6)  # one method on the linear path
+    (by_noise,) = [c.median for c in cells if (c.solver, c.nfe) == ("Euler", 8)]
+    assert by_noise == pytest.approx(float(by_hand.abs().median(dim=0).values), rel=1e-3)
     assert 1.7 < of["Euler", 16] / of["Euler", 32] < 2.3 and of["midpoint", 16] / of["midpoint", 32] > 3
+
+
+def test_a_grid_on_which_a_solver_would_overspend_is_left_out():
+    cells = mx.matrix(DEN, (1,), range(3), (5, 6), ["EDM Heun"], ["λ, .995 to .005", "ρ = 7, 80 to .002"])
+    assert {(c.grid[0], c.nfe) for c in cells} == {("λ", 6), ("ρ", 5), ("ρ", 6)}  # the λ grid saves nothing at its end
 
 
 def test_what_a_solver_refuses_is_left_out():

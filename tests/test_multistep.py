@@ -12,6 +12,7 @@ from diffcourse.paths import PREDICTIONS, VP, Linear
 from diffcourse.playground import mixture, stratified_normal
 from diffcourse.sampling import Denoiser, Euler, explicit, sample, uniform
 from diffcourse.ddim import DDIM
+from diffcourse.solvers import DPMpp
 from test_ddim import Fake, normal
 from test_solvers import SMOOTH, error, in_lam, slope, theirs
 
@@ -36,6 +37,23 @@ def test_only_the_data_form_in_t_keeps_its_order_over_the_whole_road(path):
     whole = lambda path, n: uniform(n)
     assert slope(path, DEIS(3, "data", "t"), whole, 40, 80) > 2.6
     assert slope(path, DEIS(3, "data"), whole, 40, 80) < 2.3
+    assert slope(path, DEIS(3, "noise", "t"), whole, 40, 80) < 2.3, "tAB-DEIS"
+
+
+@pytest.mark.parametrize("path", SMOOTH, ids=repr)
+def test_three_papers_one_step(path):
+    """The predictor of UniPC is 2M and the corrected 3M of DPM-Solver++, and DEIS on the data in lam."""
+    times, x = (0.95, 0.75, 0.6, 0.45), normal(5, 2)
+    said = dict(zip(times, normal(3, 5, 2)))
+    den = Denoiser(lambda x, t: said[t[0].item()].to(x), path, "x0")
+    lam = [float(path.lam(t)) for t in times]
+    for solver, past in ((DPMpp(2), (1,)), (DPMpp(3), (1, 0)), (DEIS(3, "data"), (1, 0))):
+        solver.reset()
+        state = x
+        for t, s in zip(times, times[1:]):
+            before, state = state, solver.step(den, state, t, s, None)
+        nodes = [(lam[i] - lam[2], said[times[i]]) for i in past]
+        assert torch.allclose(_unified(path, before, *times[2:], said[times[2]], nodes, "bh2"), state, rtol=1e-9, atol=1e-11), solver
 
 
 def test_weights_by_hand():

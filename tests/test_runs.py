@@ -147,3 +147,15 @@ def test_the_clock_waits_for_the_device(kind, monkeypatch):
     monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *device: waited.append(device))
     first = runs.clock(where)
     assert len(waited) == 1 and runs.clock(torch.device("cpu")) >= first and len(waited) == 1
+
+
+def test_constants_are_no_parameters(capsys):
+    ns = {"LEAST": 5, "ROWS": {"a": 1}, "steps": 3}
+    runs.declare(ns)
+    runs.check(ns, data="nothing")
+    said = capsys.readouterr().out
+    assert "steps=3" in said and "LEAST" not in said and "ROWS" not in said
+    runs.declare(ns)
+    ns["LEAST"] = 6
+    with pytest.raises(NameError, match="LEAST is not a parameter, it is taken"):
+        runs.check(ns, data="nothing")

@@ -470,6 +470,28 @@ def test_the_note_on_the_third_order_prints_what_its_script_prints():
 
     book = Path(__file__).resolve().parents[1] / "book"
     made = subprocess.run([sys.executable, book / "_static" / "third_order.py"], capture_output=True, text=True, check=True).stdout
-    assert made.strip() in (book / "third_order.md").read_text()
+    note = (book / "third_order.md").read_text().splitlines()
+    assert all(line in note for line in made.splitlines())
     orders = [[float(p) for p in line.split("orders")[1].split()] for line in made.splitlines()]
     assert all(abs(p - 2) < 0.15 for p in orders[0]) and all(abs(p - 3) < 0.3 for p in orders[1])
+    assert abs(orders[2][-1] - 1) < 0.15, "the stochastic branch as released"
+    assert abs(orders[3][-1] - 2) < 0.15 and abs(orders[4][-1] - 2) < 0.2
+    assert orders[5][-1] < -5, "the factor without the sign explodes"
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"])
+def test_the_stochastic_third_order_of_diffusers_is_as_the_note_says(kind):
+    """The weight of its second difference tends to -1; with + 0.5 it would tend to h / 3."""
+    import diffusers
+
+    scheduler = getattr(diffusers, kind)(1000, solver_order=3, algorithm_type="sde-dpmsolver++")
+    scheduler.set_timesteps(100)
+    scheduler.sigmas = torch.exp(-torch.arange(101, dtype=torch.float64) * 0.1)
+    scheduler._step_index, h, zero = 50, 0.1, torch.zeros(1, dtype=torch.float64)
+    square = [zero + (k * h) ** 2 for k in (2, 1, 0)]  # a guess that is lam^2 from now on, oldest first
+    found = scheduler.multistep_dpm_solver_third_order_update(square, sample=zero, noise=zero)
+    alpha = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[51])[0]
+    share = (1 - math.exp(-2 * h) - 2 * h) / (2 * h) ** 2
+    assert (found / alpha).item() == pytest.approx((share - 0.5) * h**2, rel=1e-6)
+    assert share - 0.5 == pytest.approx(-0.968, abs=1e-3) and share + 0.5 == pytest.approx(0.032, abs=1e-3)
+    assert share + 0.5 == pytest.approx(h / 3, rel=0.1)

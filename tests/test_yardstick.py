@@ -33,7 +33,7 @@ def test_the_halves_are_disjoint_whole_and_balanced():
         judges.half(2)
 
 
-def test_the_judges_share_no_half_no_parameter_shape_of_a_filter_and_no_input():
+def test_the_judges_share_no_half_and_no_architecture_and_edges_are_blind_to_a_constant():
     one, two = (judges.judge(k) for k in KINDS)
     assert one.seen.hash == two.unseen.hash != one.unseen.hash
     assert type(one.net) is not type(two.net)
