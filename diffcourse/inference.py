@@ -284,8 +284,8 @@ def compare(
 ) -> list:  # of Effect, each with its verdict
     """The differences of a declared family, decided together.
 
-    Raises: ValueError for tables with holes, or without luck of both
-    kinds in them."""
+    Raises: ValueError for tables with holes, or with one number in
+    all cells."""
     found = [effect(differences(*two), name)
              for name, two in questions.items()]
     return decide(found, margin)
