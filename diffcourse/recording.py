@@ -20,10 +20,8 @@ import torch
 from . import load, runs
 from .data import digits
 from .ddpm import DenoisingLoss
-from .evaluation import classifier_hash, corruptions, fd
-from .evaluation import features, floor, measure_floor
-from .evaluation import reference_hash, results_folder
-from .evaluation import score
+from .evaluation import corruptions, fd, features, floor
+from .evaluation import measure_floor, results_folder, score
 
 # %% ../nbs/32_recording.ipynb #06fd29dc
 from .experiments import COMMON, Row, command, identity

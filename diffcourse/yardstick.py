@@ -8,7 +8,7 @@ __all__ = ['CLOSE', 'BASELINES', 'class_weights', 'lost_classes', 'class_error',
            'mixture_of_gaussians']
 
 # %% ../nbs/59_yardstick.ipynb #7ee00379
-import math, statistics
+import statistics
 from dataclasses import dataclass
 from functools import cache, partial
 
