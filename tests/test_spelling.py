@@ -64,7 +64,9 @@ def prose(kind):
 
 @cache
 def dictionary():
-    return {word for word in SpellChecker().word_frequency.words() if not AMERICAN.fullmatch(word)} | {*LISTED}
+    known = {*SpellChecker().word_frequency.words()}
+    british = {re.sub("iz(?=(e[drs]?|ers|ing|ations?)$)", "is", word) for word in known}
+    return {word for word in known | british if not AMERICAN.fullmatch(word)} | {*LISTED}
 
 
 def misspelt(found):
