@@ -34,8 +34,8 @@ _names = {
     "checkpoints": "",
     "identity": "fingerprint",
     "progress": "",
-    "playground": "GaussianMixture mixture MLP wasserstein1 "
-    "stratified_normal",
+    "gaussian_mixture": "GaussianMixture",
+    "playground": "mixture MLP wasserstein1 stratified_normal",
 }
 
 # %% ../nbs/10_diffcourse.ipynb #bdb6b6ee
