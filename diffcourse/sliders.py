@@ -34,7 +34,8 @@ def _pngs(frame, columns):
         width = columns * (tiles.shape[2] + gap) - gap
         mosaic = _mosaic(tiles, columns, gap, width)[0]
         grey = (mosaic[:, :, :3] == mosaic[:, :, :1]).all()
-        frame = Image.fromarray(mosaic[:, :, [0, 3]] if grey else mosaic)
+        mosaic = mosaic[:, :, [0, 3]] if grey else mosaic
+        frame = Image.fromarray(mosaic)
     elif not isinstance(frame, Image.Image):
         raise TypeError(
             f"a frame is {type(frame).__name__}; allowed are a Figure, "
@@ -80,8 +81,9 @@ def _html(frames, labels, alts, name, start):
     return (
         f'<div class="dc-slider" role="group" aria-label="{name}">'
         f'<div style="display:flex;align-items:center;gap:.75rem">'
-        f'<input type="range" id="{id}" min="0" max="{len(frames) - 1}" '
-        f'step="1" value="{start}" autocomplete="off" '
+        f'<input type="range" id="{id}" min="0" '
+        f'max="{len(frames) - 1}" step="1" value="{start}" '
+        f'autocomplete="off" '
         f'aria-label="{name}" aria-valuetext="{label}" '
         f'style="flex:1 1 auto;min-width:0;height:2.75rem;margin:0;'
         f'touch-action:pan-y" oninput="{escape(_MOVE)}">'
@@ -119,7 +121,6 @@ def _widget():
             text = f"slider, {len(self.pngs)} pictures: {self.name}"
             return {**super()._repr_mimebundle_(**kwargs),
                     "text/plain": text, "text/html": self.make()}
-
     return FrameSlider
 
 # %% ../nbs/55_sliders.ipynb #c123f831

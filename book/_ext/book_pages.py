@@ -56,6 +56,8 @@ def clean_outputs(outputs, alt, warn):
             output = {**output, "data": {k: v for k, v in data.items() if k != WIDGET}}
         if any(kind.startswith("image/") for kind in data) and not alt:
             warn("shows a picture without alt text (cell metadata mystnb.image.alt)")
+        if "".join(data.get("text/plain", "")).startswith("<Figure ") and "image/png" in data and DARK not in data:
+            warn("shows a figure without its drawing for dark pages (import diffcourse.style before it)")
         if any("alt=" not in tag for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))):
             warn("shows HTML with a picture without alt text")
         kept += drawings(output)
