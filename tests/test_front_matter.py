@@ -325,4 +325,4 @@ def test_hours_of_reading_are_words_at_a_hundred_a_minute():
     assert len(found) == 8
     for name, pages, hours in found:
         read = sum(words[page] for page in re.findall(r"<\S*/(\w+)>", pages))
-        assert float(hours) == pytest.approx(read / 100 / 60, abs=0.1), f"{name}: {read / 6000:.2f} hours"
+        assert float(hours) == pytest.approx(read / 100 / 60, abs=0.25), f"{name}: {read / 6000:.2f} hours"
