@@ -1,11 +1,11 @@
 """The pages around the chapters: notation, glossary, references, front page."""
 
 import importlib
-import importlib.util
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,11 +273,11 @@ def test_front_page_code_runs():
 
 
 def script(name):
-    "A script of book/_static as a module."
-    spec = importlib.util.spec_from_file_location(name, BOOK / "_static" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    "A script of book/_static as names; an import would leave its bytecode among the files of the site."
+    file = BOOK / "_static" / f"{name}.py"
+    names = {"__name__": name, "__file__": str(file)}
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), names)
+    return SimpleNamespace(**names)
 
 
 def test_front_page_pictures_are_described_and_light():
