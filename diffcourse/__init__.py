@@ -41,7 +41,8 @@ _names = {
 # %% ../nbs/10_diffcourse.ipynb #bdb6b6ee
 _names |= {
     "ddpm": "DenoisingLoss DDPM",
-    "ddim": "DDIM invert slerp",
+    "ddim": "DDIM",
+    "inversion": "invert slerp",
     "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
     "solvers": "Heun Midpoint RK4 AB2 DPMSolver DPMpp order_list",
     "multistep": "DEIS IPNDM PNDM UniPC",

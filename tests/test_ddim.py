@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from diffcourse.ddim import DDIM, invert, slerp
+from diffcourse.ddim import DDIM
 from diffcourse.ddpm import DDPM
+from diffcourse.inversion import invert, slerp
 from diffcourse.paths import VP, Linear, cosine_betas, linear_betas
 from diffcourse.playground import mixture, stratified_normal, wasserstein1
 from diffcourse.sampling import Denoiser, Euler, leading, linspace, sample, trailing, uniform

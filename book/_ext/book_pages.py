@@ -15,6 +15,9 @@ import re
 from pathlib import Path
 
 from docutils import nodes
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.alpha import Style as AlphaStyle
+from pybtex.style.labels import alpha
 from sphinx.util import logging
 from sphinx.util.fileutil import copy_asset
 
@@ -160,7 +163,23 @@ def copy_mathjax(app, error):
         copy_asset(str(package / "static" / "mathjax" / "tex-svg.js"), str(Path(app.outdir) / "_static" / "mathjax"))
 
 
+class Labels(alpha.LabelStyle):
+    """A letter behind the year, as in 2021a, is one behind the label too."""
+
+    def format_label(self, entry):
+        year = entry.fields["year"]
+        entry.fields["year"] = year[:4]
+        label = super().format_label(entry)
+        entry.fields["year"] = year
+        return label + year[4:]
+
+
+class References(AlphaStyle):
+    default_label_style = Labels
+
+
 def setup(app):
+    register_plugin("pybtex.style.formatting", "course", References)
     app.add_config_value("book_runs", os.environ.get("DIFFCOURSE_RUNS", "build/digits"), "env")
     app.config.mathjax_path = "mathjax/tex-svg.js"
     app.connect("source-read", graft, priority=1)
