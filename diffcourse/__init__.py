@@ -42,7 +42,8 @@ _names = {
 _names |= {
     "ddpm": "DenoisingLoss DDPM",
     "ddim": "DDIM invert slerp",
-    "flow_matching": "FlowMatching LogitNormal FlipTime log_likelihood",
+    "flow_matching": "FlowMatching LogitNormal FlipTime",
+    "likelihood": "log_likelihood",
     "solvers": "Heun Midpoint RK4 AB2 DPMSolver DPMpp order_list",
     "multistep": "DEIS IPNDM PNDM UniPC",
     "stochastic": "EDM SDEDPMpp",
