@@ -241,8 +241,8 @@ def __call__(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
     x = self.path.add_noise(x0, eps, t)
     with torch.no_grad():
         y = follow(self.teacher, x, t, s, self.ratio, self.rule)
-    said = net(x, t).float()
-    out, want, kind = self._answer(net, said, x, t, y, s)
+    answer = net(x, t).float()
+    out, want, kind = self._answer(net, answer, x, t, y, s)
     each = LOSSES[self.loss](out - want, self.delta)
     each = each.flatten(1).mean(1)
     total = each * interval_weight(
@@ -252,8 +252,8 @@ def __call__(self, net, x0: Tensor, draw) -> Tensor:  # -> (B,)
         total = total + self.features * self._seen(out, x, t, y, s)
     if self.anchor:
         data = self.path.target(self.predicts, x0, eps, t)
-        own = (said - data).square().flatten(1).mean(1)
-        total = total + self.anchor * own
+        pull = (answer - data).square().flatten(1).mean(1)
+        total = total + self.anchor * pull
     return total
 
 # %% ../nbs/06_distill.ipynb #66cb9880
@@ -281,15 +281,16 @@ def _seen(self, out, x, t, y, s):  # -> (B,) distance of the features
 
 # %% ../nbs/06_distill.ipynb #a7c31e52
 @patch_to(Distillation)
-def _answer(self, net, said, x, t, y, s):
+def _answer(self, net, answer, x, t, y, s):
     "What the student's step says, what it should say, and its name."
-    path, own = self.path, self.predicts
+    path, predicts = self.path, self.predicts
     if self.student_rule == "ddim":
-        return said, landing(path, own, x, t, y, s), own
+        want = landing(path, predicts, x, t, y, s)
+        return answer, want, predicts
     h, mid = expand(s - t, x), (t + s) / 2
-    half = x + h / 2 * Prediction(x, t, said, own, path).flow
+    half = x + h / 2 * Prediction(x, t, answer, predicts, path).flow
     out = net(half, mid).float()
-    flow = Prediction(half, mid, out, own, path).flow
+    flow = Prediction(half, mid, out, predicts, path).flow
     return flow, (y - x) / h, "flow"
 
 # %% ../nbs/06_distill.ipynb #cf84cb3b
@@ -365,10 +366,10 @@ def distill(
     Raises: ValueError for steps, students, options that do not fit.
     Source: Salimans and Ho (2022), algorithm 2."""
     den, made = teacher, []
-    own = options.get("student_rule", "ddim")
+    rule = options.get("student_rule", "ddim")
     for many, few in _plan(steps, teacher_steps, target, options):
         last = few == steps
-        how = _followed(target, many, few, den is teacher, own)
+        how = _followed(target, many, few, den is teacher, rule)
         loss = Distillation(den, few, **options | how)
         net = _start(student if last else None, den.net, data)
         name = run if last else f"{run}-{many}-{few}"
@@ -378,11 +379,11 @@ def distill(
     return den, made
 
 # %% ../nbs/06_distill.ipynb #d6479b2a
-def _followed(target, many, few, first, own):  # options of one stage
+def _followed(target, many, few, first, rule):  # options of one stage
     if target == "teacher":
         return {"ratio": max(2, 10 // few), "rule": "midpoint"}
     ratio = {"ratio": many // few}
-    return ratio if first else ratio | {"rule": own}
+    return ratio if first else ratio | {"rule": rule}
 
 # %% ../nbs/06_distill.ipynb #a25a6416
 def _plan(steps, teacher_steps, target, options):

@@ -52,17 +52,18 @@ def _tiles(x, side):
 
 # %% ../nbs/54_image_grids.ipynb #ab97f508
 def _mosaic(tiles, columns, gap, width, left=0, tops=None):
-    "The tiles on white, `width` pixels wide, and their corners."
+    "The tiles with gaps, `width` pixels wide, and their corners."
     n, h, w, _ = tiles.shape
     tops = tops or [0] * -(-n // columns)       # room above each row
     row = np.cumsum([0] + [h + gap + top for top in tops])
     inset = max(0, (width - left - columns * (w + gap) + gap) // 2)
-    canvas = np.full((row[-1] - gap, width, 3), 255, np.uint8)
+    canvas = np.zeros((row[-1] - gap, width, 4), np.uint8)
     corners = []
     for i, tile in enumerate(tiles):
         y = row[i // columns] + tops[i // columns]
         x = left + inset + (i % columns) * (w + gap)
-        canvas[y:y + h, x:x + w] = tile
+        canvas[y:y + h, x:x + w, :3] = tile
+        canvas[y:y + h, x:x + w, 3] = 255
         corners.append((x, y))
     return canvas, corners
 

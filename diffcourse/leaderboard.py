@@ -414,7 +414,7 @@ def _rows(fig, rows, box):  # pictures with their names to the left
     ax = fig.add_axes(box)
     x = torch.stack([v[:, 0] for v in rows.values()]).clamp(-1, 1)
     n, k = x.shape[:2]
-    wide = torch.ones(n, k, 9, 9)  # a white line between them
+    wide = torch.full((n, k, 9, 9), torch.nan)  # nothing between them
     wide[..., :8, :8] = x
     mosaic = wide.permute(0, 2, 1, 3).reshape(9 * n, 9 * k)
     shown = mosaic[:-1, :-1].numpy()
@@ -422,6 +422,7 @@ def _rows(fig, rows, box):  # pictures with their names to the left
     ax.set(xticks=[], yticks=[4 + 9 * i for i in range(n)])
     ax.set_yticklabels(rows, fontsize=15)
     ax.tick_params(length=0)
+    ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.grid(False)
     ax.set_anchor("NW")

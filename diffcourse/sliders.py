@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from .image_grids import _columns, _images, _mosaic, _tiles
+from .style import _dark, _fewer
 
 # %% ../nbs/55_sliders.ipynb #bd08a78b
-def _png(frame, columns):
-    "One frame as the bytes of a PNG file."
+def _pngs(frame, columns):
+    "A frame as PNG files; a figure is two, for light and dark pages."
     from io import BytesIO
     from PIL import Image
     out = BytesIO()
     if hasattr(frame, "savefig"):
         frame.savefig(out, format="png", facecolor="white")
-        frame = Image.open(out).convert("RGB")
-        frame = frame.quantize(128, dither=Image.Dither.NONE)
-        out = BytesIO()
+        return [_fewer(png, 128)
+                for png in (out.getvalue(), _dark(frame))]
     elif isinstance(frame, np.ndarray) and frame.dtype == np.uint8:
         frame = Image.fromarray(frame)
     elif isinstance(frame, (torch.Tensor, np.ndarray)):
@@ -33,55 +33,64 @@ def _png(frame, columns):
         tiles = _tiles(x, max(4, min(700 / columns - gap, 110)))
         width = columns * (tiles.shape[2] + gap) - gap
         mosaic = _mosaic(tiles, columns, gap, width)[0]
-        grey = (mosaic == mosaic[:, :, :1]).all()
-        frame = Image.fromarray(mosaic[:, :, 0] if grey else mosaic)
+        grey = (mosaic[:, :, :3] == mosaic[:, :, :1]).all()
+        mosaic = mosaic[:, :, [0, 3]] if grey else mosaic
+        frame = Image.fromarray(mosaic)
     elif not isinstance(frame, Image.Image):
         raise TypeError(
             f"a frame is {type(frame).__name__}; allowed are a Figure, "
             f"a PIL image, an array of bytes (H, W) or (H, W, 3), and "
             f"floats (N, C, H, W) or (N, H, W) in [-1, 1] for a grid")
     frame.save(out, format="PNG", optimize=True)
-    return out.getvalue()
+    return [out.getvalue()]
 
 # %% ../nbs/55_sliders.ipynb #694cc9a9
 _ids = count(1)
 _MOVE = """const b=this.closest('.dc-slider'),i=+this.value,
-f=b.querySelectorAll('img'),s=f[i].dataset.label;
+f=b.querySelectorAll('[data-label]'),s=f[i].dataset.label;
 f.forEach((m,j)=>{m.style.display=j===i?'block':'none'});
 this.setAttribute('aria-valuetext',s);
 b.querySelector('output').value=s""".replace("\n", "")
 
-def _img(png, label, alt, shown):
+def _img(png, kind, alt):
     from base64 import b64encode
     from html import escape
-    show = "block" if shown else "none"
-    return (f'<img class="dark-light" alt="{escape(alt)}" '
-            f'data-label="{escape(label)}" style="display:{show};'
-            f'max-width:100%;height:auto;margin:.25rem auto 0;'
-            f'padding:6px;box-sizing:border-box;background:#fff" '
+    show = "none" if kind == "only-dark" else "block"
+    return (f'<img class="{kind}" alt="{escape(alt)}" '
+            f'style="display:{show};max-width:100%;height:auto;'
+            f'margin:.25rem auto 0" '
             f'src="data:image/png;base64,{b64encode(png).decode()}">')
 
+def _frame(pngs, label, alt, shown):
+    from html import escape
+    kinds = (["only-light", "only-dark"] if len(pngs) == 2 else
+             ["dark-light"])
+    images = "".join(map(_img, pngs, kinds, [alt] * 2))
+    return (f'<div data-label="{escape(label)}" style="display:'
+            f'{"block" if shown else "none"}">{images}</div>')
+
 # %% ../nbs/55_sliders.ipynb #0c5bba1b
-def _html(pngs, labels, alts, name, start):
+def _html(frames, labels, alts, name, start):
     "The slider as HTML that needs no kernel and no other file."
     from html import escape
     id, name, label = (f"dc-slider-{next(_ids)}", escape(name),
                        escape(labels[start]))
     room = max(map(len, labels)) * 0.6
-    pictures = "".join(_img(*parts, i == start) for i, parts in
-                       enumerate(zip(pngs, labels, alts)))
+    pictures = "".join(_frame(*parts, i == start) for i, parts
+                       in enumerate(zip(frames, labels, alts)))
     return (
         f'<div class="dc-slider" role="group" aria-label="{name}">'
         f'<div style="display:flex;align-items:center;gap:.75rem">'
-        f'<input type="range" id="{id}" min="0" max="{len(pngs) - 1}" '
-        f'step="1" value="{start}" autocomplete="off" '
+        f'<input type="range" id="{id}" min="0" '
+        f'max="{len(frames) - 1}" step="1" value="{start}" '
+        f'autocomplete="off" '
         f'aria-label="{name}" aria-valuetext="{label}" '
         f'style="flex:1 1 auto;min-width:0;height:2.75rem;margin:0;'
         f'touch-action:pan-y" oninput="{escape(_MOVE)}">'
         f'<output for="{id}" aria-live="off" style="flex:0 0 auto;'
         f'min-width:{room:.1f}em;text-align:right">{label}</output>'
         f'</div>{pictures}<noscript>JavaScript is off, so only one of '
-        f'{len(pngs)} pictures is shown.</noscript></div>')
+        f'{len(frames)} pictures is shown.</noscript></div>')
 
 # %% ../nbs/55_sliders.ipynb #12e26f61
 @cache
@@ -91,10 +100,11 @@ def _widget():
 
     class FrameSlider(w.VBox):
         "A live widget that also describes itself as plain HTML."
-        def __init__(self, pngs, labels, alts, name, start):
-            self.pngs, self.labels, self.name = pngs, labels, name
-            self.make = lambda: _html(pngs, labels, alts, name, start)
-            self.slider = w.IntSlider(start, 0, len(pngs) - 1,
+        def __init__(self, frames, labels, alts, name, start):
+            self.pngs = [light for light, *_ in frames]
+            self.labels, self.name = labels, name
+            self.make = lambda: _html(frames, labels, alts, name, start)
+            self.slider = w.IntSlider(start, 0, len(frames) - 1,
                                       readout=False)
             self.text, self.picture = w.Label(), w.Image(format="png")
             self.picture.layout.max_width = "100%"
@@ -111,7 +121,6 @@ def _widget():
             text = f"slider, {len(self.pngs)} pictures: {self.name}"
             return {**super()._repr_mimebundle_(**kwargs),
                     "text/plain": text, "text/html": self.make()}
-
     return FrameSlider
 
 # %% ../nbs/55_sliders.ipynb #c123f831
@@ -141,5 +150,5 @@ def slider(
     name = alts[start]
     if single:
         alts = [f"{alt.rstrip('.')}: {label}" for label in labels]
-    pngs = [_png(frame, columns) for frame in frames]
-    return _widget()(pngs, labels, alts, name, start)
+    frames = [_pngs(frame, columns) for frame in frames]
+    return _widget()(frames, labels, alts, name, start)

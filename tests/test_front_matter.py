@@ -5,9 +5,13 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from diffcourse import paths
 
@@ -266,3 +270,59 @@ def test_front_page_code_runs():
     exec(re.sub(r"^  ", "", code, flags=re.M), names)
     assert names["out"].x.shape == (64, 1, 8, 8)
     assert names["out"].nfe == 50
+
+
+def script(name):
+    "A script of book/_static as names; an import would leave its bytecode among the files of the site."
+    file = BOOK / "_static" / f"{name}.py"
+    names = {"__name__": name, "__file__": str(file)}
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def test_front_page_pictures_are_described_and_light():
+    text = (BOOK / "index.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text)
+    assert {Path(file).name for _, file in shown} == {*script("front").PICTURES, "map.svg"}
+    assert all(len(alt) > 60 for alt, _ in shown)
+    assert sum((BOOK / file).stat().st_size for _, file in shown) < 150_000
+
+
+@pytest.mark.parametrize("name", script("front").PICTURES)
+def test_front_page_pictures_are_what_the_weights_draw(name):
+    front = script("front")
+    again = front.sheet(front.drawn(*front.PICTURES[name])).numpy().astype(int)
+    kept = np.asarray(Image.open(BOOK / "_static" / name), dtype=int)
+    assert again.shape == kept.shape
+    assert abs(again - kept).mean() < 1, f"python book/_static/front.py draws another {name}"
+
+
+def contents():
+    "[(caption, numbered, pages)] of the parts."
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [(part["caption"], part.get("numbered", False), [c["file"] for c in part["chapters"]]) for part in toc["parts"]]
+
+
+def test_chapters_are_numbered_through_the_parts_that_the_map_shows():
+    numbered = [(page, caption) for caption, yes, pages in contents() if yes for page in pages]
+    assert [int(page[4:6]) for page, _ in numbered] == [*range(1, 9)]
+    chart = script("map")
+    drawn = [(name, part) for name, (_, _, part) in chart.PAGES.items() if part != "start"]
+    assert [(int(name[0]), part) for name, part in drawn] == [(i, part) for i, (_, part) in enumerate(numbered, 1)]
+    assert (BOOK / "_static/map.svg").read_text() == chart.drawing() + "\n", "python book/_static/map.py > book/_static/map.svg"
+
+
+def test_a_chapter_of_the_map_stands_on_earlier_ones():
+    chart = script("map")
+    order = [name[0] for name in chart.PAGES]
+    assert all(order.index(first) < order.index(last) for first, last, *_ in chart.ARROWS)
+
+
+def test_hours_of_reading_are_words_at_a_hundred_a_minute():
+    words = {Path(name).stem: len(text.split()) for name, text in sources()}
+    text = section((BOOK / "index.md").read_text(encoding="utf-8"), "sec-roads")
+    found = [row for row in rows(text.split("## What builds")[0]) if re.fullmatch(r"[\d.]+", row[-1])]
+    assert len(found) == 8
+    for name, pages, hours in found:
+        read = sum(words[page] for page in re.findall(r"<\S*/(\w+)>", pages))
+        assert float(hours) == pytest.approx(read / 100 / 60, abs=0.25), f"{name}: {read / 6000:.2f} hours"

@@ -1,7 +1,9 @@
 """Figures of diffcourse.plotting: what they show, what they refuse, and the slider in a real browser."""
+import base64
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from diffcourse import image_grids, plotting, style
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def png_size(fig):
@@ -121,8 +125,9 @@ def test_mosaic_places_every_tile_inside_without_overlap(n, columns, h, w):
     canvas, corners = image_grids._mosaic(tiles, columns, 3, columns * (w + 3))
     assert len(set(corners)) == n
     for i, (x, y) in enumerate(corners):
-        assert (canvas[y:y + h, x:x + w] == i).all() and canvas[y:y + h, x:x + w].shape == (h, w, 3)
-    assert (canvas == 255).sum() == canvas.size - n * h * w * 3
+        tile = canvas[y:y + h, x:x + w]
+        assert (tile[..., :3] == i).all() and (tile[..., 3] == 255).all() and tile.shape == (h, w, 4)
+    assert (canvas[..., 3] == 0).sum() == canvas[..., 3].size - n * h * w
 
 
 def test_colour_and_shapes_without_channel():
@@ -222,7 +227,7 @@ def test_slider_is_a_live_widget_and_html():
     s.slider.value = 2
     assert s.picture.value == s.pngs[2] and s.text.value == 'light <&">'
     html = bundle["text/html"]
-    assert html.count("<img") == 3 and html.count('style="display:block') == 1 and "<noscript>" in html
+    assert html.count("<img") == 3 and html.count('style="display:block">') == 1 and "<noscript>" in html
     assert not re.search(r"https?:|//[a-z]", html)
     assert re.findall(r'alt="([^"]*)"', html)[0] == "Squares get brighter: dark"
 
@@ -241,6 +246,31 @@ def test_slider_takes_figures_pictures_bytes_and_grids():
     assert all(png.startswith(b"\x89PNG") for png in s.pngs)
     assert len(s.pngs[0]) < 40_000
     assert 'value="3"' in s.make() and 'aria-valuetext="d"' in s.make()
+
+
+@cache
+def waves():
+    x = np.linspace(0, 1, 50)
+    frames = [plotting.curves({"": (x, np.sin(6 * k * x))}, height=2) for k in (1, 2, 3)]
+    return plotting.slider(frames, "abc", "A wave that gets shorter")
+
+
+def test_a_figure_in_a_slider_has_both_drawings_and_images_have_one():
+    s = waves()
+    images = re.findall(r"<img[^>]*>", s.make())
+    assert [re.search(r'class="([^"]*)"', tag)[1] for tag in images] == ["only-light", "only-dark"] * 3
+    assert [re.search(r'alt="([^"]*)"', tag)[1][-1] for tag in images] == list("aabbcc")
+    light, dark = (re.search("base64,([^\"]*)", tag)[1] for tag in images[:2])
+    assert light != dark and base64.b64decode(light) == s.pngs[0]
+    assert re.findall(r'class="(only|dark)[^"]*"', three().make()) == ["dark"] * 3
+
+
+def test_the_gaps_of_a_grid_in_a_slider_are_transparent():
+    from io import BytesIO
+    from PIL import Image
+    grey = np.asarray(Image.open(BytesIO(three().pngs[2])))
+    assert grey.shape[2] == 2 and set(np.unique(grey[..., 1])) == {0, 255}
+    assert (grey[grey[..., 1] == 255][:, 0] == 255).all()
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +325,24 @@ def test_slider_in_a_browser_by_keyboard_and_mouse(browser, tmp_path):
     page.mouse.up()
     assert state(page, 1)[0] == [2] and state(page)[0] == [1]
     assert page.get_by_role("slider", name="Squares get brighter").count() == 2
+    assert page.trouble == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("theme, seen", [("light", "only-light"), ("dark", "only-dark"), (None, "only-light")])
+def test_slider_shows_the_drawing_of_the_page(browser, tmp_path, theme, seen):
+    rules = "".join(f"html[data-theme={a}] .only-{b} {{display: none !important}}\n" for a, b in ("light dark".split(), "dark light".split()))
+    css = rules + (ROOT / "book/_static/custom.css").read_text() if theme else ""       # those of the theme, and ours
+    page = opened(browser, tmp_path, f"<style>{css}</style>" + waves().make())
+    page.evaluate("theme => { if (theme) document.documentElement.dataset.theme = theme }", theme)
+
+    def shown():
+        return [(i // 2, img.get_attribute("class")) for i, img in enumerate(page.locator("img").all()) if img.is_visible()]
+
+    assert shown() == [(0, seen)]
+    page.keyboard.press("Tab")
+    page.keyboard.press("End")
+    assert shown() == [(2, seen)] and page.locator("output").inner_text() == "c"
     assert page.trouble == []
     page.context.close()
 

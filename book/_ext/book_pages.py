@@ -2,15 +2,19 @@
 
 - The source notebooks hold no outputs. When Sphinx reads one, the outputs of its run (folder `book_runs`) are put on it by cell
   id, nbdev's `#|` lines become tags, and whatever a page may not be published with is a warning, so an error in a strict build.
+- A figure comes as two drawings in one output (nbs/53_style). Both go on the page, with the theme's classes for light and dark.
 - Docments, the comments beside a function's parameters, become the parameter list of the reference.
 - Nothing on a page is fetched from another host.
 """
+import binascii
+import hashlib
 import importlib.util
 import json
 import os
 import re
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.util import logging
 from sphinx.util.fileutil import copy_asset
 
@@ -18,6 +22,8 @@ log = logging.getLogger(__name__)
 TAGS = {"hide": "remove-cell", "default_exp": "remove-cell", "include: false": "remove-cell", "echo: false": "remove-input",
         "hide_input": "remove-input", "hide_output": "remove-output", "code-fold: true": "hide-input"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+DARK = "application/vnd.diffcourse.dark+png"                  # DARK of diffcourse.style
+DRAWINGS = {}                                                 # sha256 of a file -> the theme's class of its pages
 
 
 def text(cell):
@@ -50,10 +56,31 @@ def clean_outputs(outputs, alt, warn):
             output = {**output, "data": {k: v for k, v in data.items() if k != WIDGET}}
         if any(kind.startswith("image/") for kind in data) and not alt:
             warn("shows a picture without alt text (cell metadata mystnb.image.alt)")
+        if "".join(data.get("text/plain", "")).startswith("<Figure ") and "image/png" in data and DARK not in data:
+            warn("shows a figure without its drawing for dark pages (import diffcourse.style before it)")
         if any("alt=" not in tag for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))):
             warn("shows HTML with a picture without alt text")
-        kept.append(output)
+        kept += drawings(output)
     return kept
+
+
+def drawings(output):
+    """The output, and the drawing for dark pages as one of its own."""
+    data = {**output.get("data", {})}
+    dark, light = (re.sub(r"\s", "", "".join(data.get(kind, ""))) for kind in (DARK, "image/png"))
+    data.pop(DARK, None)
+    if not dark or dark == light:
+        return [{**output, "data": data}] if data else [output]
+    for picture, kind in ((light, "only-light"), (dark, "only-dark")):
+        DRAWINGS[hashlib.sha256(binascii.a2b_base64(picture)).hexdigest()] = kind
+    return [{**output, "data": data}, {**output, "data": {"image/png": dark}}]
+
+
+def class_drawings(app, doctree):
+    """Give the two drawings of a figure their classes: a cell's metadata has only one for all its pictures."""
+    for image in doctree.findall(nodes.image):
+        kind = DRAWINGS.get(Path(image["uri"]).stem)          # myst-nb names the files by their sha256
+        image["classes"] = [kind] if kind else image["classes"]
 
 
 def graft(app, docname, source):
@@ -85,7 +112,7 @@ def graft(app, docname, source):
             run = None
         read_directives(cell)
         image = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
-        image["classes"] = "dark-light"                       # the theme would dim pictures on dark pages
+        image["classes"] = "dark-light"                       # of a picture for both; the theme would dim it on dark pages
         hidden = {"remove-cell", "remove-output"} & {*cell["metadata"]["tags"]}
         cell["outputs"] = [] if hidden or not run else clean_outputs(run["outputs"], image.get("alt"), warn)
         cell["execution_count"] = None
@@ -137,6 +164,7 @@ def setup(app):
     app.add_config_value("book_runs", os.environ.get("DIFFCOURSE_RUNS", "build/digits"), "env")
     app.config.mathjax_path = "mathjax/tex-svg.js"
     app.connect("source-read", graft, priority=1)
+    app.connect("doctree-read", class_drawings)
     app.connect("autodoc-process-docstring", describe)
     app.connect("html-page-context", leave_out_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
