@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSONS = ["02_ddpm"]
+LESSONS = ["02_ddpm", "05_solvers"]
 
 
 def code_cells(chapter):
