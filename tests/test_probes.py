@@ -77,7 +77,7 @@ CHANGES = [
         ("Consistency", "consistency"), ("ClassifierLoss", "evaluation"))),
     *((k, f"{m}.{k}.step", step) for k, m in (
         ("DDPM", "ddpm"), ("DDIM", "ddim"), ("Euler", "sampling"), ("MeanFlow", "meanflow"),
-        *((k, "solvers") for k in ("Heun", "Midpoint", "RK4", "AB2", "DPMSolver", "DPMpp")),
+        *((k, "solvers") for k in ("Heun", "Midpoint", "RK4", "AB2")), *((k, "exponential") for k in ("DPMSolver", "DPMpp")),
         *((k, "multistep") for k in ("DEIS", "IPNDM", "PNDM", "UniPC")),
         *((k, "stochastic") for k in ("EDM", "SDEDPMpp")), ("RK45", "adaptive"), ("TwoStage", "tuned"), ("Multistep", "tuned"), ("Renoise", "consistency"))),
     *((f"grid {k}", k, times) for k in fa.GRIDS),
@@ -187,10 +187,10 @@ def test_command_line(capsys):
 
 def test_a_function_that_moves_to_another_module_leaves_all_records_fresh(tmp_path):
     package = shutil.copytree(ROOT / "diffcourse", tmp_path / "diffcourse")
-    source = (package / "solvers.py").read_text()
+    source = (package / "exponential.py").read_text()
     start = source.index("def _lam(path, t):")
     lam = source[start : source.index("\n\n\n", start)]
-    (package / "solvers.py").write_text(source.replace(lam, "from .paths import _lam"))
+    (package / "exponential.py").write_text(source.replace(lam, "from .paths import _lam"))
     with open(package / "paths.py", "a") as f:
         f.write(f"\n\n{lam}\n")
     (package / "distill.py").rename(package / "halving.py")
