@@ -55,8 +55,8 @@ _names |= {
     "distill": "Distillation compact",
     "consistency": "Consistency Renoise",
     "flow_maps": "FlowMapLoss",
-    "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP "
-    "WithFake make_pairs trainable",
+    "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP",
+    "generators": "WithFake make_pairs trainable",
 }
 
 # %% ../nbs/10_diffcourse.ipynb #bdb6b6ef
@@ -190,7 +190,7 @@ _NETWORKS = {  # what a file may ask for -> its module
     "UNet": "unet",
     "MLP": "playground",
     "IntervalMLP": "meanflow",
-    "WithFake": "meanflow",
+    "WithFake": "generators",
     "DigitClassifier": "evaluation",
     "FaceJudge": "faces_judge",
     "PixelJudge": "judges",

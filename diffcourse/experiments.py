@@ -18,9 +18,10 @@ from .ddim import DDIM
 from .ddpm import DDPM, DenoisingLoss
 from .distill import Distillation, compact
 from .flow_matching import FlowMatching, LogitNormal
-from .meanflow import DistributionMatching, Drift, Intervals
-from .meanflow import MeanFlow, MeanFlowLoss, PairRegression
-from .meanflow import Reflow, WithFake, trainable
+from .generators import DistributionMatching, Drift
+from .generators import PairRegression, Reflow, WithFake
+from .generators import trainable
+from .meanflow import Intervals, MeanFlow, MeanFlowLoss
 from .meanflow import with_interval
 
 # %% ../nbs/20_experiments.ipynb #14604a6b

@@ -23,9 +23,10 @@ from .draws import Draws, batch_indices
 
 # %% ../nbs/30_families.ipynb #c7372443
 from .flow_matching import FlowMatching, LogitNormal
-from .meanflow import DistributionMatching, Drift, Intervals
-from .meanflow import MeanFlow, MeanFlowLoss, PairRegression
-from .meanflow import Reflow, WithFake, make_pairs
+from .generators import DistributionMatching, Drift
+from .generators import PairRegression, Reflow, WithFake
+from .generators import make_pairs
+from .meanflow import Intervals, MeanFlow, MeanFlowLoss
 from .meanflow import with_interval
 from .paths import VP, Linear
 from .sampling import Denoiser, Euler, Solver, explicit

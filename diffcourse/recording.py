@@ -29,7 +29,7 @@ from .experiments import key, lineage, made_by, solver_of
 from .experiments import span
 from .identity import fingerprint
 from .matrix import ENTRIES, least, matrix
-from .meanflow import make_pairs
+from .generators import make_pairs
 from .paths import VP
 from .records import Records, _judged, read_records
 from .records import versions, write_record

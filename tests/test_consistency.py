@@ -7,7 +7,7 @@ import torch
 
 from diffcourse.consistency import Consistency, Renoise
 from diffcourse.flow_matching import FlowMatching
-from diffcourse.meanflow import trainable
+from diffcourse.generators import trainable
 from diffcourse.paths import VP, Linear
 from diffcourse.playground import MLP, mixture, stratified_normal, wasserstein1
 from diffcourse.sampling import Denoiser, Euler, sample, uniform

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSONS = ["01_playground", "02_ddpm", "03_ddim", "04_flow_matching", "05_solvers", "06_distill", "66_inversion", "67_likelihood"]
+LESSONS = [
+    "01_playground", "02_ddpm", "03_ddim", "04_flow_matching", "05_solvers", "06_distill", "07_meanflow", "66_inversion", "67_likelihood",
+]
 
 
 def code_cells(chapter):

@@ -10,10 +10,12 @@ from torch import nn
 
 import diffcourse as dc
 from diffcourse.identity import fingerprint
+from diffcourse.generators import (
+    DistributionMatching, Drift, PairRegression, Reflow, WithFake, drift, end_point_rms, make_pairs, one_step, trainable,
+)
 from diffcourse.meanflow import (
-    DistributionMatching, Drift, IntervalMLP, Intervals, MeanFlow, MeanFlowLoss,
-    PairRegression, Reflow, WithFake, average_net, average_velocity, check_jvp, difference,
-    draws_of, drift, end_point_rms, make_pairs, one_step, total_derivative, trainable, with_interval,
+    IntervalMLP, Intervals, MeanFlow, MeanFlowLoss, average_net, average_velocity, check_jvp, difference,
+    draws_of, total_derivative, with_interval,
 )
 from diffcourse.paths import VP, Linear
 from diffcourse.playground import MLP, GaussianMixture, mixture, stratified_normal, wasserstein1

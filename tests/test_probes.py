@@ -61,7 +61,7 @@ CHANGES = [
     ("judge", "evaluation._nearest", lambda old: lambda a, b, itself=False: old(a, b)),
     ("recording", "recording._parts", lambda old: lambda recipe, seed, steps: old(recipe, seed + 1, steps)),
     ("recording", "experiments.SETTINGS", lambda old: old | {"lr": 1.5 * old["lr"]}),  # rounding alone: up to .04
-    ("pairs", "meanflow._sample", lambda old: lambda den, shape, solver, grid, *a, **k: old(den, shape, solver, fa.uniform(4), *a, **k)),
+    ("pairs", "generators._sample", lambda old: lambda den, shape, solver, grid, *a, **k: old(den, shape, solver, fa.uniform(4), *a, **k)),
     ("Distillation", "distill.LOSSES", lambda old: old | {"huber": lambda d, delta: old["huber"](d, 1.1 * delta)}),
     ("Distillation", "distill.Distillation.delta", lambda old: 1.1 * old),
     ("Distillation", "distill.Distillation._seen", scaled(lambda d: 1.01 * d)),
@@ -69,11 +69,11 @@ CHANGES = [
     ("MeanFlowLoss", "meanflow._NOISY", lambda old: old | {"v1": (-0.5, 1.6)}),
     ("MeanFlowLoss", "meanflow.total_derivative", scaled(lambda two: (two[0], 1.01 * two[1]))),
     ("FlowMatching", "flow_matching.LogitNormal.sample", scaled(lambda t: 0.99 * t)),
-    ("Drift", "meanflow.drift", scaled(lambda x: 1.01 * x)),
-    ("DistributionMatching", "meanflow.DistributionMatching._push", scaled(lambda x: 1.01 * x)),
+    ("Drift", "generators.drift", scaled(lambda x: 1.01 * x)),
+    ("DistributionMatching", "generators.DistributionMatching._push", scaled(lambda x: 1.01 * x)),
     *((k, f"{m}.{k}.__call__", loss) for k, m in (
         ("DenoisingLoss", "ddpm"), ("FlowMatching", "flow_matching"), ("Distillation", "distill"), ("MeanFlowLoss", "meanflow"),
-        ("PairRegression", "meanflow"), ("Reflow", "meanflow"), ("DistributionMatching", "meanflow"), ("Drift", "meanflow"),
+        ("PairRegression", "generators"), ("Reflow", "generators"), ("DistributionMatching", "generators"), ("Drift", "generators"),
         ("Consistency", "consistency"), ("ClassifierLoss", "evaluation"))),
     *((k, f"{m}.{k}.step", step) for k, m in (
         ("DDPM", "ddpm"), ("DDIM", "ddim"), ("Euler", "sampling"), ("MeanFlow", "meanflow"),
