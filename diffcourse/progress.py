@@ -32,8 +32,11 @@ class Progress:
             _rewrite(self, step, now, text)
 
     def close(self):
+        "Wipe the line."
         if self.bar is not None:
             self.bar.close()
+        if self.handle is not None:
+            self.handle.update({"text/plain": ""}, raw=True)
 
 # %% ../nbs/40_progress.ipynb #eef811f7
 def _new_bar(progress, step):  # tqdm's; none in a notebook

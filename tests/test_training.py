@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -363,6 +364,14 @@ def test_progress_in_a_notebook(monkeypatch):
         progress(step, torch.tensor(1.5), 2e-3)
     assert lines[0] == "51/100 · loss 1.5000 · lr 2.0e-03"  # no speed yet
     assert lines[1:] == ["61/100 · loss 1.5000 · lr 2.0e-03 · 5.0 it/s · 8 s left"]
+
+
+def test_a_closed_line_is_wiped_from_a_notebook():
+    shown = []
+    progress = progress_module.Progress("name", 100)
+    progress.handle = SimpleNamespace(update=lambda data, raw: shown.append(data))
+    progress.close()
+    assert shown == [{"text/plain": ""}]
 
 
 def test_progress_in_a_file_and_in_a_terminal(capsys, monkeypatch):

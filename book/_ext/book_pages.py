@@ -51,7 +51,8 @@ def clean_outputs(outputs, alt, warn):
     kept = []
     for output in outputs:
         data = output.get("data", {})
-        if output.get("name") == "stderr":
+        wiped = {*data} == {"text/plain"} and not "".join(data["text/plain"])     # a line of progress
+        if wiped or output.get("name") == "stderr":
             continue
         if WIDGET in data:
             if "text/html" not in data:
@@ -98,7 +99,9 @@ def graft(app, docname, source):
         executed = json.loads(path.read_text())
         done = {cell["id"]: cell for cell in executed["cells"]}
         took, when = executed["metadata"]["diffcourse"]["seconds"], executed["metadata"]["papermill"]["end_time"][:10]
-        notebook["cells"][0]["source"] = [*notebook["cells"][0]["source"], f"\n\n*The code of this page ran in {took:.0f} s on {when}.*"]
+        words = sum(len("".join(cell["source"]).split()) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+        notebook["cells"][0]["source"] = [*notebook["cells"][0]["source"],
+                                          f"\n\n*{words / 100:.0f} minutes to read slowly. The code ran in {took:.0f} s on {when}.*"]
     else:
         log.warning("was not run: make book runs it", location=docname, type="book", subtype="stale")
     for cell in notebook["cells"]:
