@@ -231,7 +231,7 @@ def _on(name, recipes):  # the same with another task's images
     return made
 
 # %% ../nbs/20_experiments.ipynb #d9a9eaba
-_MORE = 3000  # iterations of a step of the ladder
+_MORE = 2000  # iterations of a step of the ladder
 _SMALL = {k: v for k, v in task("mnist28").training.items()
           if k != "steps"}
 _LADDER = dict(steps=_MORE, settings=_SMALL)
@@ -249,14 +249,14 @@ MODELS |= _on("mnist28", {
     "flow": _first(FlowMatching, 12_000, "mnist28"),
     "control": Recipe(FlowMatching, **_LADDER),
     "control 2": Recipe(FlowMatching, parent="control", **_LADDER),
-    "distilled 10": _distilled(10, 2, steps=1000),
-    "distilled 5": _halved(steps=1000),
-    "distilled 5 accurate": _followed(5, steps=1000),
-    "distilled 2 accurate": _followed(2, steps=600),
+    "distilled 10": _distilled(10, 2, steps=600),
+    "distilled 5": _halved(steps=600),
+    "distilled 5 accurate": _followed(5, steps=600),
+    "distilled 2 accurate": _followed(2, steps=400),
     "distilled 5 compact": _distilled(
-        5, 1, "distilled 5 accurate", start="compact", steps=2000,
+        5, 1, "distilled 5 accurate", start="compact", steps=1500,
         settings={"lr": 2e-3}),
-    **_halvings(800),
+    **_halvings(500),
 })
 
 # %% ../nbs/20_experiments.ipynb #84fc649d
@@ -266,15 +266,15 @@ def _consistent(steps, **more):
 
 
 MODELS |= _on("mnist28", {
-    "meanflow": _mean_flow(Intervals(), 0.75, steps=2000),
-    "consistency": _consistent(2000),
-    "consistency distilled": _consistent(1500, teacher="flow"),
-    "regression": _from_pairs(PairRegression, 2000),
-    "reflow": _from_pairs(Reflow, 1000, settings=_SOFT),
-    "distribution matching": _matched(1000, every=5),
-    "drift": _drifting("regression", steps=150),
+    "meanflow": _mean_flow(Intervals(), 0.75, steps=1500),
+    "consistency": _consistent(1200),
+    "consistency distilled": _consistent(1000, teacher="flow"),
+    "regression": _from_pairs(PairRegression, 1200),
+    "reflow": _from_pairs(Reflow, 600, settings=_SOFT),
+    "distribution matching": _matched(400, every=5),
+    "drift": _drifting("regression", steps=80),
     "drift from scratch": replace(
-        _drifting(None, steps=300), start="fresh"),
+        _drifting(None, steps=160), start="fresh"),
 })
 
 # %% ../nbs/20_experiments.ipynb #aa930c46
