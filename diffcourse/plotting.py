@@ -114,9 +114,11 @@ def _axes(ax, title, xlabel, ylabel, logx=False, logy=False,
                    label=name, zorder=1)
     if logx:
         ax.set_xscale("log")
+        _numbers(ax.xaxis)
         _plain(ax)
     if logy:
         ax.set_yscale("log")
+        _numbers(ax.yaxis)
     if ax.get_subplotspec().is_last_row():
         ax.set_xlabel(xlabel)
     if ax.get_subplotspec().is_first_col():
@@ -134,6 +136,19 @@ def _plain(ax):  # 5, 10, 20 in place of powers, where points are few
     kept += [x for a, x in zip(at, at[1:]) if x > a * apart]
     ax.set_xticks(kept, [f"{x:,.0f}" for x in kept])
     ax.set_xticks([], minor=True)
+
+def _numbers(axis):  # 0.5 and 20 in place of powers, unless very long
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Numbers(LogFormatterSciNotation):
+        def __call__(self, x, pos=None):
+            text = super().__call__(x, pos)
+            low, high = self.axis.get_view_interval()
+            short = 5e-4 < low and high < 2e4
+            return f"{x:g}" if text and short else text
+
+    axis.set_major_formatter(Numbers())
+    axis.set_minor_formatter(Numbers())
 
 # %% ../nbs/17_plotting.ipynb #9fb49ca1
 def points(

@@ -369,3 +369,17 @@ def test_slider_without_javascript_shows_its_start(browser, tmp_path):
     images = page.locator("img")
     assert [images.nth(i).is_visible() for i in range(3)] == [False, True, False]
     page.context.close()
+
+
+def tick_labels(axis):
+    return [text for label in axis.get_ticklabels(which="both") if (text := label.get_text())]
+
+
+def test_short_numbers_on_a_logarithmic_axis_are_written_out():
+    x = torch.linspace(1, 40, 50)
+    short = plotting.curves({"": {"a": (x, 0.6 / x.sqrt())}}, "x", "y", logx=True, logy=True).axes[0]
+    long = plotting.curves({"": {"a": (x, (-x).exp())}}, "x", "y", logy=True).axes[0]
+    for ax in (short, long):
+        ax.figure.canvas.draw()
+    assert {"1", "10"} <= {*tick_labels(short.xaxis)} and "0.3" in tick_labels(short.yaxis)
+    assert any("10^" in text for text in tick_labels(long.yaxis))
