@@ -51,17 +51,20 @@ def _tiles(x, side):
     return pixels.permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/54_image_grids.ipynb #ab97f508
-def _mosaic(tiles, columns, gap, width, left=0, tops=None):
+def _mosaic(tiles, columns, gap, width, left=0, tops=None, apart=0):
     "The tiles with gaps, `width` pixels wide, and their corners."
     n, h, w, _ = tiles.shape
     tops = tops or [0] * -(-n // columns)       # room above each row
     row = np.cumsum([0] + [h + gap + top for top in tops])
-    inset = max(0, (width - left - columns * (w + gap) + gap) // 2)
+    inset = width - left - apart - columns * (w + gap) + gap
+    inset = max(0, inset // 2)
     canvas = np.zeros((row[-1] - gap, width, 4), np.uint8)
     corners = []
     for i, tile in enumerate(tiles):
         y = row[i // columns] + tops[i // columns]
-        x = left + inset + (i % columns) * (w + gap)
+        column = i % columns
+        x = left + inset + column * (w + gap)
+        x += apart * (column >= columns // 2)
         canvas[y:y + h, x:x + w, :3] = tile
         canvas[y:y + h, x:x + w, 3] = 255
         corners.append((x, y))
@@ -80,6 +83,7 @@ def grid(
     columns=10,      # pictures in a row
     titles=None,     # a text above each picture, or above each column
     rows=None,       # one text left of each row
+    halves=None,     # two texts, above left and right half, kept apart
     title=None,      # text above the whole
     size=0.85,       # inches of a picture at most; ten fill the page
 ):
@@ -92,18 +96,24 @@ def grid(
     lines = -(-len(x) // columns)
     titles = _texts("titles", titles, len(x), columns)
     rows = _texts("rows", rows, lines)
+    halves = _texts("halves", halves, 2)
+    if halves and (columns % 2 or titles):
+        raise ValueError(f"halves need an even number of columns, not "
+                         f"{columns}, and no titles beside them")
     width, gap = round(WIDTH * DPI), 7
     left = max((0.075 * len(text) + 0.12 for text in rows), default=0)
     left = round(DPI * left)
     above = max((1 + t.count("\n") for t in titles), default=0) * 22
     tops = [above if i == 0 or len(titles) > columns else 0
             for i in range(lines)]
-    tops[0] += 30 if title else 0
-    side = min((width - left) / columns - gap, size * DPI)
+    tops[0] += (30 if title else 0) + (26 if halves else 0)
+    apart = 40 if halves else 0
+    side = min((width - left - apart) / columns - gap, size * DPI)
     tiles = _tiles(x, max(4, side))
-    canvas, corners = _mosaic(tiles, columns, gap, width, left, tops)
+    canvas, corners = _mosaic(tiles, columns, gap, width, left, tops,
+                              apart)
     return _written(canvas, corners, tiles.shape[1:3], titles, rows,
-                    columns, title)
+                    columns, title, halves)
 
 # %% ../nbs/54_image_grids.ipynb #eb12d7d9
 def _texts(name, texts, *fit):
@@ -114,7 +124,8 @@ def _texts(name, texts, *fit):
             f"{' or '.join(str(n) for n in dict.fromkeys(fit))}")
     return texts
 
-def _written(canvas, corners, tile, titles, rows, columns, title):
+def _written(canvas, corners, tile, titles, rows, columns, title,
+             halves=()):
     import matplotlib.pyplot as plt
     height, width, _ = canvas.shape
     with _style():
@@ -129,6 +140,11 @@ def _written(canvas, corners, tile, titles, rows, columns, title):
         for (x, y), text in zip(corners[::columns], rows):
             ax.text(x - 8, y + tile[0] / 2, text, ha="right",
                     va="center", fontsize=9)
+        for text, k in zip(halves, (0, columns // 2)):
+            x, y = corners[k]
+            end = corners[k + columns // 2 - 1][0] + tile[1]
+            ax.text((x + end) / 2, y - 4, text, ha="center",
+                    va="bottom", fontsize=10)
         if title:
             ax.text(width / 2, 2, title, ha="center", va="top")
         return _done(fig)

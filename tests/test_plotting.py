@@ -383,3 +383,19 @@ def test_short_numbers_on_a_logarithmic_axis_are_written_out():
         ax.figure.canvas.draw()
     assert {"1", "10"} <= {*tick_labels(short.xaxis)} and "0.3" in tick_labels(short.yaxis)
     assert any("10^" in text for text in tick_labels(long.yaxis))
+
+
+def test_two_halves_of_a_grid_stand_apart():
+    x = torch.ones(8, 1, 8, 8)
+    joined, split = (plotting.grid(x, columns=4, **k) for k in ({}, {"halves": ("made", "real")}))
+    assert [t.get_text() for t in split.axes[0].texts] == ["made", "real"]
+
+    def widest(fig):  # gap without a picture inside the second row of pictures
+        seen = fig.axes[0].images[0].get_array()[-10, :, 3] > 0
+        at = seen.nonzero()[0]
+        return max(at[1:] - at[:-1])
+
+    assert widest(split) > widest(joined) + 30
+    for wrong in ({"columns": 5}, {"columns": 4, "titles": list("abcd")}):
+        with pytest.raises(ValueError, match="halves need"):
+            plotting.grid(torch.ones(10, 1, 8, 8)[: 2 * wrong["columns"]], halves=("made", "real"), **wrong)
