@@ -25,7 +25,7 @@ class FaceLaw:
 
     def __init__(
         self,
-        table,  # name -> (values, parents, {parents' values: whole %})
+        table,  # name -> (values, parents, {their values: percentages})
     ):
         self.table = table
         self.attributes = {k: tuple(v.split())
