@@ -261,7 +261,7 @@ def _opposite(m, kind, folder):  # None: nothing costs as much
     dear = [c for c in ladder if c.mean(field) >= m.mean(field)]
     return dear[0] if dear else None
 
-# %% ../nbs/08_leaderboard.ipynb #4c8a7015
+# %% ../nbs/08_leaderboard.ipynb #182a9d2b
 SIGNS = {"better": ("#0072B2", "<"), "worse": ("#D55E00", ">"),
          "equal": ("#009E73", "s"), "undecided": ("#777777", "o")}
 
@@ -296,7 +296,7 @@ def levels(
     means = [m.level.value for m in by_price]
     return [*map(price, by_price)], means, floor, high
 
-# %% ../nbs/08_leaderboard.ipynb #a380f73c
+# %% ../nbs/08_leaderboard.ipynb #2cbeaaba
 def lines(
     folder: Path | None = None,  # of records; None: the package's
     least: int = 2,  # evaluations
