@@ -20,8 +20,9 @@ from .data import digits
 from .evaluation import results_folder
 from .experiments import MODELS
 from .flow_matching import FlowMatching
-from .inference import LEAST, MARGIN, Effect, compare
-from .inference import effect, values
+from diffcourse.inference import (
+    LEAST, MARGIN, Effect, compare, effect, values,
+)
 from .paths import patch_to
 from .records import Records, Table, _newest, read_records
 from .sampling import sample, uniform
@@ -108,18 +109,19 @@ def methods(
 # %% ../nbs/08_leaderboard.ipynb #665f2768
 @cache
 def _methods(folder, when):  # read again where a file has changed
-    found, groups = Records(), {}
+    every, groups = Records(), {}
     for name in BOARD:
-        found += read_records(name, folder)
-    for r in _newest(Records(found)):
+        every += read_records(name, folder)
+    for r in _newest(Records(every)):
         key = tuple(r[k] for k in "model solver grid nfe".split())
         groups.setdefault(key, Records()).append(r)
-    made = [Method(*k, own) for k, own in groups.items() if _full(own)]
+    made = [Method(*k, alike) for k, alike in groups.items()
+            if _full(alike)]
     for size in {m.mean("parameters") for m in made}:
-        own = [m for m in made if m.mean("parameters") == size]
+        same = [m for m in made if m.mean("parameters") == size]
         pace = statistics.median(r["seconds"] * 1000 / r["n"] / m.nfe
-                                 for m in own for r in m.records)
-        for m in own:
+                                 for m in same for r in m.records)
+        for m in same:
             m.pace = pace
     return made
 
@@ -174,11 +176,11 @@ def baselines(
     every, rows = _newest(read_records("08_baselines", folder)), []
     board = [m.level.value for m in methods(folder)]
     for name in dict.fromkeys(r["model"] for r in every):
-        own = every.where(model=name)
-        level = effect(values(own), name)
+        of_one = every.where(model=name)
+        level = effect(values(of_one), name)
         low, high = level.interval()
-        near = statistics.mean(r["memorisation"] for r in own)
-        error = statistics.mean(r["class_error"] for r in own)
+        near = statistics.mean(r["memorisation"] for r in of_one)
+        error = statistics.mean(r["class_error"] for r in of_one)
         behind = sum(v > level.value for v in board)
         rows.append([name, f"{level.value:.2f}",
                      f"{max(low, 0):.2f}–{high:.2f}", f"{error:.3f}",
@@ -259,32 +261,54 @@ def _opposite(m, kind, folder):  # None: nothing costs as much
     dear = [c for c in ladder if c.mean(field) >= m.mean(field)]
     return dear[0] if dear else None
 
+# %% ../nbs/08_leaderboard.ipynb #182a9d2b
+SIGNS = {"better": ("#0072B2", "<"), "worse": ("#D55E00", ">"),
+         "equal": ("#009E73", "s"), "undecided": ("#777777", "o")}
+
+
+def _forest(ax, effects, names):  # from the top; colour: the verdict
+    labels = set()
+    for k, e in enumerate(effects):
+        (low, high), (color, marker) = e.interval(), SIGNS[e.verdict]
+        bar = [[e.value - low], [high - e.value]]
+        ax.errorbar(e.value, -k, xerr=bar, color=color, ls="",
+                    marker=marker, capsize=2.5,
+                    label=None if e.verdict in labels else e.verdict)
+        labels.add(e.verdict)
+    ax.axvline(0, color="#666666", lw=1.2)
+    ax.axvspan(-MARGIN, MARGIN, color="#dddddd", zorder=0, lw=0)
+    ax.set_yticks([-k for k in range(len(names))], names)
+    ax.grid(axis="y")
+
 # %% ../nbs/08_leaderboard.ipynb #27ec17d9
 def levels(
     found: list,  # of methods
     cost: str = "nfe",  # or "total_seconds"
 ) -> tuple:  # costs, means, low ends, high ends
     "For a curve with its interval."
-    price = lambda m: m.nfe if cost == "nfe" else m.mean(cost)
-    own = sorted(found, key=price)
-    ends = [m.level.interval() for m in own]
+    def price(m):
+        return m.nfe if cost == "nfe" else m.mean(cost)
+
+    by_price = sorted(found, key=price)
+    ends = [m.level.interval() for m in by_price]
     low, high = ([e[i] for e in ends] for i in (0, 1))
     floor = [max(v, 0.05) for v in low]
-    return [*map(price, own)], [m.level.value for m in own], floor, high
+    means = [m.level.value for m in by_price]
+    return [*map(price, by_price)], means, floor, high
 
-
+# %% ../nbs/08_leaderboard.ipynb #2cbeaaba
 def lines(
     folder: Path | None = None,  # of records; None: the package's
     least: int = 2,  # evaluations
 ) -> dict:  # name -> levels
     "The last control with its solver, and each student family."
-    found = {f"{LADDER[-1]}, undistilled": [
+    families = {f"{LADDER[-1]}, undistilled": [
         rival(n, folder=folder) for n in SOLVED if n >= least]}
     for m in students(folder):
         if m.nfe >= least and m.short in DRAWN:
             family = m.short.rstrip("0123456789 ")
-            found.setdefault(family, []).append(m)
-    return {k: levels(v) for k, v in found.items()}
+            families.setdefault(family, []).append(m)
+    return {k: levels(v) for k, v in families.items()}
 
 # %% ../nbs/08_leaderboard.ipynb #36752a80
 def breakeven(
@@ -390,19 +414,20 @@ def _listed(words):
 BLUE, ORANGE = "#0072B2", "#D55E00"  # undistilled, students
 
 
-def _panel(ax, found, cost, label):
+def _panel(ax, found):
     from matplotlib.ticker import LogLocator, NullLocator
 
     sides = {"undistilled": (BLUE, "o"), "students": (ORANGE, "D")}
     for student, (name, (color, marker)) in enumerate(sides.items()):
-        own = [m for m in found if m.student == student]
-        x, y, low, high = levels(own, cost)
+        side = [m for m in found if m.student == student]
+        x, y, low, high = levels(side)
         error = [[b - a for a, b in zip(low, y)],
                  [b - a for a, b in zip(y, high)]]
         ax.errorbar(x, y, error, color=color, marker=marker, ms=7,
                     ls="", capsize=3, label=name)
     ax.axhline(1, color="#666666", ls="--", label="F")
-    ax.set(xscale="log", yscale="log", xlabel=label, ylabel="FD / F")
+    ax.set(xscale="log", yscale="log", ylabel="FD / F",
+           xlabel="network evaluations of one sample")
     ax.legend(loc="upper right", fontsize=14)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(10, (1, 2, 5)))
@@ -457,16 +482,18 @@ def _texts(fig, folder):
 
 # %% ../nbs/08_leaderboard.ipynb #e600a580
 def _sheet(fig, folder):
-    own = [m for m in methods(folder) if m.student or m.nfe > 1]
+    drawn = [m for m in methods(folder) if m.student or m.nfe > 1]
     top = fig.add_axes((0.075, 0.53, 0.4, 0.325))
-    _panel(top, own, "nfe", "network evaluations of one sample")
-    low = fig.add_axes((0.075, 0.12, 0.4, 0.325))
-    few = [m for m in own if m.nfe <= 5]
-    label = "seconds of training, with its ancestors; NFE 1 to 5"
-    _panel(low, few, "total_seconds", label)
+    _panel(top, drawn)
+    low = fig.add_axes((0.215, 0.12, 0.26, 0.325))
+    both = zip(students(folder), duels(folder=folder))
+    pairs = [(m, e) for m, e in both if m.nfe > 1]
+    names = [f"{m.nfe}: {m.short}" for m, _ in pairs]
+    _forest(low, [e for _, e in pairs], names)
+    low.set(xlabel="student less rival of the same NFE, in F")
     _rows(fig, pictures(10), (0.635, 0.45, 0.335, 0.375))
     _texts(fig, folder)
-    used = Records(r for m in own for r in m.records)
+    used = Records(r for m in drawn for r in m.records)
     small = (
         f"{used.caption()}. FD in multiples of F, with 95 % intervals "
         f"over {LEAST} trainings and {LEAST} sets of noise. "
@@ -488,9 +515,9 @@ def poster(
     from diffcourse.style import _done, _style
 
     file = Path(file)
-    own = {"axes.labelsize": 15, "svg.hashsalt": "diffcourse"}
-    own |= {"xtick.labelsize": 13, "ytick.labelsize": 13}
-    with _style(), mpl.rc_context(own):
+    look = {"axes.labelsize": 15, "svg.hashsalt": "diffcourse"}
+    look |= {"xtick.labelsize": 13, "ytick.labelsize": 13}
+    with _style(), mpl.rc_context(look):
         fig = plt.figure(figsize=(16.54, 11.69), dpi=dpi)
         _sheet(fig, folder)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -507,12 +534,12 @@ def readme_table(folder: Path | None = None) -> str:
     table, shown = [head, "--- | " * 5 + "---"], []
     for n, (m, other, e) in sorted(champions(folder).items()):
         cells = [str(n)]
-        for own in (other, m):
-            low, high = own.level.interval()
-            level = f"{own.level.value:.2f} "
+        for one in (other, m):
+            low, high = one.level.interval()
+            level = f"{one.level.value:.2f} "
             level += f"[{max(low, 0):.2f}, {high:.2f}]"
-            cells += [own.name, level]
-            shown += own.records
+            cells += [one.name, level]
+            shown += one.records
         table.append(" | ".join([*cells, str(e).replace(" F:", ":")]))
     rows = "\n".join(f"| {line} |" for line in table)
     note = (
