@@ -194,6 +194,9 @@ def _mean_flow(law, power, **more):
 MODELS |= {
     "meanflow": _mean_flow(Intervals(), 1.0),
     "meanflow logit-normal": _mean_flow(Intervals("logit-normal"), 1.0),
+    "control logit-normal": Recipe(
+        FlowMatching, {"times": LogitNormal()}, steps=600,
+        settings={"precision": "fp32"}),
 }
 
 # %% ../nbs/20_experiments.ipynb #e01d15de
@@ -425,7 +428,9 @@ def _students():
 
 def _ones():
     laws = ["meanflow", "meanflow logit-normal"]
-    return _rows(laws, ["MeanFlow()"], (1, 2, 5), **_FIVE)
+    rows = _rows(laws, ["MeanFlow()"], (1, 2, 5, 10), **_FIVE)
+    own = ["control logit-normal"]
+    return rows + _rows(own, ["AB2()"], (1, 2, 5, 10), **_FIVE)
 
 
 EXPERIMENTS |= {"06_distill": _students(), "07_one_step": _ones()}
