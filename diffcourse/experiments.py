@@ -428,12 +428,17 @@ def _students():
 
 def _ones():
     laws = ["meanflow", "meanflow logit-normal"]
-    rows = _rows(laws, ["MeanFlow()"], (1, 2, 5, 10), **_FIVE)
-    own = ["control logit-normal"]
-    return rows + _rows(own, ["AB2()"], (1, 2, 5, 10), **_FIVE)
+    return _rows(laws, ["MeanFlow()"], (1, 2, 5), **_FIVE)
 
 
-EXPERIMENTS |= {"06_distill": _students(), "07_one_step": _ones()}
+def _times():  # is it the law of the times?
+    student, control = "meanflow logit-normal", "control logit-normal"
+    return [*_rows([student], ["MeanFlow()"], (2, 5, 10), **_FIVE),
+            *_rows([control], ["AB2()"], (2, 5, 10), **_FIVE)]
+
+
+EXPERIMENTS |= {"06_distill": _students(), "07_one_step": _ones(),
+                "08_times": _times()}
 
 # %% ../nbs/20_experiments.ipynb #1b18477f
 def span(seeds):  # of the samples

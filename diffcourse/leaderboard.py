@@ -317,7 +317,7 @@ def breakeven(
 ) -> tuple:  # the undistilled method it replaces, images; None: never
     "From how many images on the training of a student has paid."
     plain = [m for m in methods(folder) if not m.student]
-    plain.sort(key=lambda m: m.seconds)
+    plain.sort(key=lambda m: (m.seconds, m.mean("total_seconds")))
     asked = {m.name + str(m.nfe): (m.records, student.records)
              for m in plain}
     level = 1 - 2 * 0.05 / len(plain)  # one-sided, for all together
