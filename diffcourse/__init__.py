@@ -86,8 +86,8 @@ _names |= {
 def __getattr__(name):
     for module, names in _names.items():
         if name == module or name in names.split():
-            found = importlib.import_module(f"diffcourse.{module}")
-            return found if name == module else getattr(found, name)
+            loaded = importlib.import_module(f"diffcourse.{module}")
+            return loaded if name == module else getattr(loaded, name)
     near = difflib.get_close_matches(name, __dir__())
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise AttributeError(f"diffcourse has no {name!r}{hint}")
@@ -137,8 +137,8 @@ def _known():  # every name that can be loaded
     from diffcourse.runs import home
 
     root = home() / "runs"
-    found = [p.parent for p in root.rglob("latest.json")]
-    local = [str(p.relative_to(root)) for p in found]
+    folders = [p.parent for p in root.rglob("latest.json")]
+    local = [str(p.relative_to(root)) for p in folders]
     return sorted({*_shipped(), *local})
 
 # %% ../nbs/10_diffcourse.ipynb #045307a4
@@ -174,8 +174,8 @@ def _find(name, source, weights, step):  # -> file, prefix, what to say
         return file, "", f"file {name}"
     folder = _local(name) if source != "shipped" else None
     if folder:
-        found = _file_in(folder, weights, step)
-        return *found, f"local run {folder.name}"
+        file_and_prefix = _file_in(folder, weights, step)
+        return *file_and_prefix, f"local run {folder.name}"
     plain = weights == "averaged" and step is None
     if name in _shipped() and source != "local" and plain:
         file = _shipped_file(name)
@@ -237,26 +237,30 @@ def _network(file, tensors, meta, net=None):  # ready to use
 def _road(file, meta, path, predicts):  # -> path or None, prediction
     from diffcourse.paths import path_from
 
-    said = meta.get("path")
+    config = meta.get("path")
     try:
-        known = path_from(said) if said and "own" not in said else None
+        known = (
+            path_from(config)
+            if config and "own" not in config
+            else None
+        )
     except (TypeError, ValueError, AttributeError) as e:
         raise ValueError(
             f"{file} asks for a path that this version does not know "
             f"({e}): pass it, load(…, path=…)"
         ) from e
-    if said and not known and path is None:
+    if config and not known and path is None:
         raise ValueError(
-            f"{file} was trained on a path of your own, {said['own']}: "
-            "pass it again, load(…, path=…)"
+            f"{file} was trained on a path of your own, "
+            f"{config['own']}: pass it again, load(…, path=…)"
         )
-    for own, its, word in (
+    for given, its, word in (
         (path, known, "path"),
         (predicts, meta.get("predicts"), "predicts"),
     ):
-        if own is not None and its and repr(own) != repr(its):
+        if given is not None and its and repr(given) != repr(its):
             raise ValueError(
-                f"{file} was trained with {word}={its!r}, not {own!r}"
+                f"{file} was trained with {word}={its!r}, not {given!r}"
             )
     return known or path, predicts or meta.get("predicts")
 
@@ -278,11 +282,11 @@ def load(
     a file that is damaged, or does not fit its network."""
     from diffcourse import runs
 
-    file, prefix, said = _find(name, source, weights, step)
+    file, prefix, origin = _find(name, source, weights, step)
     tensors, meta = _read(file, prefix)
     net = _network(file, tensors, meta, net)
     path, predicts = _road(file, meta, path, predicts)
-    print(f"{name}: {said}, {meta.get('steps', '?')} iterations")
+    print(f"{name}: {origin}, {meta.get('steps', '?')} iterations")
     net = net.to(runs.device() if device is None else device)
     if path is None:
         return net
