@@ -195,7 +195,9 @@ def _config(
     scale_shift, max_frequency, time_mult, second_time, patch
 ):
     "The settings as plain numbers, lists and texts."
-    plain = lambda v: v.item() if isinstance(v, np.integer) else v
+    def plain(v):
+        return v.item() if isinstance(v, np.integer) else v
+
     if attention is not None:
         attention = [plain(a) for a in attention]
     return dict(
@@ -210,7 +212,7 @@ def _config(
 # %% ../nbs/13_unet.ipynb #9a9b67d3
 def _check_config(c):
     "Refuse a configuration that cannot work; fill in what is None."
-    whole = lambda v: type(v) is int and v >= 1
+    def whole(v): return type(v) is int and v >= 1
     for k in "channels size base blocks heads time_mult patch".split():
         if not whole(c[k]):
             raise ValueError(f"{k}={c[k]!r}: expected a whole number "
@@ -356,7 +358,7 @@ def macs_by_module(
     shape,  # of one image: (C, H, W)
 ) -> dict:
     "Multiply-adds for one image, {name of a layer: count}."
-    found, hooks = {}, []
+    counts, hooks = {}, []
 
     def count(name):
         def hook(m, args, out):
@@ -365,7 +367,7 @@ def macs_by_module(
                 n = 2 * c * (h * w) ** 2
             else:  # each output sums over one row of the weights
                 n = out.numel() * m.weight[0].numel()
-            found[name] = found.get(name, 0) + n
+            counts[name] = counts.get(name, 0) + n
         return hook
     for name, m in net.named_modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear, Attention)):
@@ -374,7 +376,7 @@ def macs_by_module(
         _run_once(net, shape)
     finally:
         for h in hooks: h.remove()
-    return found
+    return counts
 
 # %% ../nbs/13_unet.ipynb #3d11ec8d
 @torch.no_grad()
