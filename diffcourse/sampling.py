@@ -217,8 +217,10 @@ class Noise:
         if self._cloud:
             size, gen = (self.n, *self.shape), self._gens[0]
             return torch.randn(size, generator=gen).to(self.device)
-        own = [torch.randn(self.shape, generator=g) for g in self._gens]
-        return torch.stack(own).to(self.device)
+        draws = [
+            torch.randn(self.shape, generator=g) for g in self._gens
+        ]
+        return torch.stack(draws).to(self.device)
 
 # %% ../nbs/14_sampling.ipynb #95d060a0
 @dataclass
@@ -283,8 +285,8 @@ def _in_batches(solve, den, shape, seeds, n, x, batch, progress):
         if hi - lo < n and cloud:
             raise torch.OutOfMemoryError(_ONE_CLOUD.format(n=n))
         before = den.nfe
-        own = seeds if cloud else seeds[lo:hi]
-        noise = Noise(own, hi - lo, shape, device)
+        batch_seeds = seeds if cloud else seeds[lo:hi]
+        noise = Noise(batch_seeds, hi - lo, shape, device)
         try:
             x_i = None if x is None else x[lo:hi].to(device)
             states = solve(noise, x_i)
@@ -414,5 +416,5 @@ def sample(
     with _ready(den, times):
         states, nfe = _in_batches(solve, den, *how)
     seconds = runs.clock(den.device) - begin
-    kept = states if trajectory else None
-    return Samples(states[-1], nfe, seconds, times, kept)
+    all_states = states if trajectory else None
+    return Samples(states[-1], nfe, seconds, times, all_states)
