@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import runs
+from . import _network, _shipped, _shipped_file, runs
 from .data import digits
 from .identity import fingerprint
 from .paths import patch_to
@@ -116,8 +116,6 @@ class ClassifierLoss:
 # %% ../nbs/16_evaluation.ipynb #ab8bba00
 def classifier_hash() -> str:
     "The sha256 of the weights that judge."
-    from diffcourse import _shipped
-
     return _shipped()["digits/classifier"]["sha256"]
 
 
@@ -126,8 +124,6 @@ def classifier() -> DigitClassifier:
     """The network that judges, from the package, checked by its hash.
 
     Raises: ValueError when the file is not the published one."""
-    from diffcourse import _network, _shipped_file
-
     file = _shipped_file("digits/classifier")
     return _network(file, *runs.load_tensors(file))
 
@@ -218,9 +214,9 @@ def fair(seen, real) -> tuple:  # each: features, classes
     "FD weighted to the classes of the real, and those that are lost."
     from diffcourse.yardstick import fair_fd
 
-    (own, classes), (other, those) = seen, real
+    (seen_features, classes), (other, those) = seen, real
     shares = those.bincount(minlength=10).double() / len(those)
-    return fair_fd(own, classes, other, shares)
+    return fair_fd(seen_features, classes, other, shares)
 
 
 def measure_floor(
@@ -228,12 +224,12 @@ def measure_floor(
     seed: int = 0,
 ) -> list[float]:  # FD of each split
     "Half of the real digits against the other half, weighted."
-    seen, found = look(digits("all").x), []
+    seen, distances = look(digits("all").x), []
     for k in range(splits):
         order = runs.rng(seed, k).permutation(len(seen[0]))
         half = torch.from_numpy(order).tensor_split(2)
-        found.append(fair(*([v[h] for v in seen] for h in half))[0])
-    return found
+        distances.append(fair(*([v[h] for v in seen] for h in half))[0])
+    return distances
 
 # %% ../nbs/16_evaluation.ipynb #93d5f91d
 def _mmd(aa, bb, ab, u, v):  # each row: how often a sample counts
@@ -374,15 +370,15 @@ def score(
     Raises: ValueError for other shapes, nan, fewer than 65 images."""
     from diffcourse.yardstick import class_error
 
-    (own, classes), (real, those) = look(x), _real()
+    (seen_features, classes), (real, those) = look(x), _real()
     train, held = digits("train").x, digits("held_out").x
-    distance, lost = fair((own, classes), _real())
+    distance, lost = fair((seen_features, classes), _real())
     shares = those.bincount(minlength=10).double() / len(those)
     return Score(
         distance,
         class_error(classes, shares),
         lost,
-        *kid(own, real, seed=seed),
+        *kid(seen_features, real, seed=seed),
         memorisation(x, train, held),
         len(x),
         floor(),
@@ -437,11 +433,13 @@ def sort_digits(
     best, label = chance.max(1)
     rows = torch.ones(10, columns, *x.shape[1:])
     for d in range(10):
-        own = (label == d).nonzero()[:, 0]
-        own = own[best[own].argsort(descending=True)]
-        if len(own) > columns:  # evenly from the whole range
-            own = own[torch.linspace(0, len(own) - 1, columns).long()]
-        rows[d, : len(own)] = x[own].cpu()
+        members = (label == d).nonzero()[:, 0]
+        members = members[best[members].argsort(descending=True)]
+        if len(members) > columns:  # evenly from the whole range
+            members = members[
+                torch.linspace(0, len(members) - 1, columns).long()
+            ]
+        rows[d, : len(members)] = x[members].cpu()
     return rows.flatten(0, 1)
 
 # %% ../nbs/16_evaluation.ipynb #cac3290e

@@ -119,11 +119,11 @@ def _must_be_finite(state):
     s, sums = state.s, (float(state.total), float(state.norms))
     if all(map(math.isfinite, sums)):
         return
-    kept = "none was saved"
+    hint = "none was saved"
     if state.file.exists():
-        kept = f"the last good state is {state.file}"
+        hint = f"the last good state is {state.file}"
     raise FloatingPointError(
-        f"the loss is not a number at iteration {state.step}; {kept}. "
+        f"the loss is not a number at iteration {state.step}; {hint}. "
         f"Lower lr (now {s.lr}), clip more (now {s.clip}) or try "
         "precision='fp32'"
     )
@@ -348,13 +348,13 @@ def _check_watch(how):
 # %% ../nbs/15_training.ipynb #eef230ed
 def _open(run, loss, net, data, s, acc):  # -> state at 0
     identity, what = run_identity(loss, net, data, s)
-    said = checkpoints.about(loss, net)  # fails here, if it fails
+    about = checkpoints.about(loss, net)  # fails here, if it fails
     folder = runs.home() / "runs" / runs.run_name(run) / identity
     form = torch.channels_last if s.channels_last else None
     net.to(acc.device, **({"memory_format": form} if form else {}))
     state = _State(net, s, folder)
-    state.about = said
-    state.what = {"run": run, "identity": identity, **said, **what}
+    state.about = about
+    state.what = {"run": run, "identity": identity, **about, **what}
     state.what["torch"] = torch.__version__
     return state
 
