@@ -132,9 +132,9 @@ def _plain(ax):  # 5, 10, 20 in place of powers, where points are few
     at = sorted({float(x) for line in lines for x in line.get_xdata()})
     if not 1 < len(at) <= 12 or any(x != round(x) or x < 1 for x in at):
         return
-    apart, kept = (at[-1] / at[0]) ** 0.05, at[:1]
-    kept += [x for a, x in zip(at, at[1:]) if x > a * apart]
-    ax.set_xticks(kept, [f"{x:,.0f}" for x in kept])
+    apart, ticks = (at[-1] / at[0]) ** 0.05, at[:1]
+    ticks += [x for a, x in zip(at, at[1:]) if x > a * apart]
+    ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
     ax.set_xticks([], minor=True)
 
 def _numbers(axis):  # 0.5 and 20 in place of powers, unless very long
@@ -204,14 +204,14 @@ def losses(
 
 # %% ../nbs/17_plotting.ipynb #9b264c1f
 def _entries(lines, name, key):
-    kept = [line for line in lines if key in line]
-    if not kept:
+    matching = [line for line in lines if key in line]
+    if not matching:
         raise ValueError(
             f"the log {name!r} has {len(lines)} lines and none with "
             f"the entry {key!r}; entries that it has: "
             f"{sorted({k for line in lines for k in line})}")
-    return (_array([line["step"] for line in kept], "step", 1),
-            _array([line[key] for line in kept], key, 1))
+    return (_array([line["step"] for line in matching], "step", 1),
+            _array([line[key] for line in matching], key, 1))
 
 def _moving(y, window):
     "The mean over the last `window` values, over fewer at the start."

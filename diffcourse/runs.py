@@ -230,11 +230,11 @@ def home() -> Path:
     It is DIFFCOURSE_HOME, the checkout's build folder, or the user's
     cache.
     """
-    own = os.environ.get("DIFFCOURSE_HOME")
-    if own:
+    chosen = os.environ.get("DIFFCOURSE_HOME")
+    if chosen:
         with suppress(RuntimeError):  # ~ of a user without a home
-            own = Path(own).expanduser()
-        return Path(own).resolve()
+            chosen = Path(chosen).expanduser()
+        return Path(chosen).resolve()
     for start in (Path.cwd(), _package()):
         for folder in (start, *start.parents):
             if _is_checkout(folder):
@@ -368,12 +368,12 @@ def ship(
     "Write weights into the package, and their hash into its index."
     folder = _package() / "weights"
     file, index = folder / "index.json", {}
-    own = folder / f"{name.replace('/', '-')}.safetensors"
-    save_tensors(own, tensors, meta)
-    digest = hashlib.sha256(own.read_bytes()).hexdigest()
+    weights_file = folder / f"{name.replace('/', '-')}.safetensors"
+    save_tensors(weights_file, tensors, meta)
+    digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
     if file.exists():
         index = json.loads(file.read_text())
-    index[name] = {"file": own.name, "sha256": digest}
+    index[name] = {"file": weights_file.name, "sha256": digest}
     atomic_write(file, json.dumps(index, indent=1) + "\n")
     return digest
 
