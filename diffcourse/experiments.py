@@ -73,15 +73,15 @@ def _batch(self) -> int:
 
 
 def _config(self) -> dict:
-    own = {**vars(self), "loss": self.loss.__name__}
+    config = {**vars(self), "loss": self.loss.__name__}
     for k in ("parent", "teacher", "pairs"):
-        own[k] = own[k] and identity(own[k])
-    own["settings"] = self.training
+        config[k] = config[k] and identity(config[k])
+    config["settings"] = self.training
     if not self.parent:
-        own["network"] = task(self.task).network
+        config["network"] = task(self.task).network
     if self.pairs:
-        own["how"] = PAIRS
-    return {k: v for k, v in own.items() if v}
+        config["how"] = PAIRS
+    return {k: v for k, v in config.items() if v}
 
 
 Recipe.training, Recipe.batch = property(_training), property(_batch)
@@ -104,13 +104,13 @@ MODELS["flow"] = _first(FlowMatching)
 MODELS["flow logit-normal"] = _first(FlowMatching, times=LogitNormal())
 
 # %% ../nbs/20_experiments.ipynb #76897993
-def _said(obj):  # what JSON can hold: names of classes, and values
+def _as_json(obj):  # what JSON can hold: names of classes, and values
     if hasattr(obj, "config"):
-        return _said(obj.config())
+        return _as_json(obj.config())
     if isinstance(obj, dict):
-        return {k: _said(v) for k, v in obj.items()}
+        return {k: _as_json(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_said(v) for v in obj]
+        return [_as_json(v) for v in obj]
     if dataclasses.is_dataclass(obj):
         return [type(obj).__name__, _unusual(obj)]
     plain = obj is None or isinstance(obj, (bool, int, float, str))
@@ -118,22 +118,22 @@ def _said(obj):  # what JSON can hold: names of classes, and values
 
 
 def _unusual(obj):  # the fields that have not their default
-    found = {}
+    changed = {}
     for f in dataclasses.fields(obj):
         usual = f.default
         if f.default_factory is not dataclasses.MISSING:
             usual = f.default_factory()
-        value = _said(getattr(obj, f.name))
-        if value != _said(usual):
-            found[f.name] = value
-    return found
+        value = _as_json(getattr(obj, f.name))
+        if value != _as_json(usual):
+            changed[f.name] = value
+    return changed
 
 # %% ../nbs/20_experiments.ipynb #1d902ad8
 def identity(
     model: str,  # a key of MODELS
 ) -> str:
     "Equal where loss, options, start and ancestors are."
-    text = json.dumps(_said(MODELS[model]), sort_keys=True)
+    text = json.dumps(_as_json(MODELS[model]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../nbs/20_experiments.ipynb #c2963357
@@ -151,9 +151,9 @@ _KEPT = "steps", "start", "settings"  # of the training
 
 
 def _distilled(few, ratio, teacher="flow", **more):
-    own = {k: more.pop(k) for k in _KEPT if k in more}
+    training = {k: more.pop(k) for k in _KEPT if k in more}
     options = dict(steps=few, ratio=ratio) | more
-    return Recipe(Distillation, options, teacher, teacher, **own)
+    return Recipe(Distillation, options, teacher, teacher, **training)
 
 
 def _halved(**more):  # 10 -> 5, with one switch
@@ -187,8 +187,8 @@ MODELS |= {
 # %% ../nbs/20_experiments.ipynb #4fec8a7e
 def _mean_flow(law, power, **more):
     options = dict(law=law, power=power)
-    own = dict(start="interval", settings={"precision": "fp32"})
-    return Recipe(MeanFlowLoss, options, **own | more)
+    training = dict(start="interval", settings={"precision": "fp32"})
+    return Recipe(MeanFlowLoss, options, **training | more)
 
 # %% ../nbs/20_experiments.ipynb #5794ee09
 MODELS |= {
@@ -208,29 +208,34 @@ def _from_pairs(loss, steps, **more):
 
 
 def _matched(steps, **options):
-    own = dict(start="with fake", settings=_SOFT, options=options)
-    own |= dict(parent="regression", teacher="flow")
-    return _from_pairs(DistributionMatching, steps, **own)
+    fields = dict(start="with fake", settings=_SOFT, options=options)
+    fields |= dict(parent="regression", teacher="flow")
+    return _from_pairs(DistributionMatching, steps, **fields)
 
 
 def _drifting(parent, **more):  # a large crowd balances better
-    options, own = {"taus": (0.25, 1.0, 3.0)}, _SOFT | {"batch": 512}
-    return Recipe(Drift, options, parent, settings=own, **more)
+    options, settings = (
+        {"taus": (0.25, 1.0, 3.0)},
+        _SOFT | {"batch": 512},
+    )
+    return Recipe(Drift, options, parent, settings=settings, **more)
 
 
 MODELS["regression"] = _from_pairs(PairRegression, 450)
 
 # %% ../nbs/20_experiments.ipynb #e0fb7be7
 def _on(name, recipes):  # the same with another task's images
-    move = lambda m: m and f"{name}/{m}"
+    def move(m):
+        return m and f"{name}/{m}"
+
     batch = task(name).training["batch"]
     made = {}
     for model, r in recipes.items():
-        own = {k: move(getattr(r, k))
-               for k in ("parent", "teacher", "pairs")}
-        own["settings"] = {
+        fields = {k: move(getattr(r, k))
+                  for k in ("parent", "teacher", "pairs")}
+        fields["settings"] = {
             "batch": batch, "precision": "fp32", **r.settings}
-        made[move(model)] = replace(r, task=name, **own)
+        made[move(model)] = replace(r, task=name, **fields)
     return made
 
 # %% ../nbs/20_experiments.ipynb #d9a9eaba
@@ -315,12 +320,12 @@ def solver_of(
     """The solver of a row.
 
     Raises: ValueError for singlestep lists that no budget has."""
-    found, steps = SOLVERS[name], grid.steps
-    if isinstance(found, Solver):
-        return found
-    if not isinstance(found, int):
-        return found(den, shape, grid, range(*CHOICE))
-    lists = [order_list(found, k) for k in BUDGETS]
+    entry, steps = SOLVERS[name], grid.steps
+    if isinstance(entry, Solver):
+        return entry
+    if not isinstance(entry, int):
+        return entry(den, shape, grid, range(*CHOICE))
+    lists = [order_list(entry, k) for k in BUDGETS]
     fitting = [o for o in lists if len(o) == steps]
     if not fitting:
         raise ValueError(
@@ -422,8 +427,8 @@ def _students():
     five = [m for m in MODELS if m.startswith("distilled 5")]
     rows = _rows(five, ["Euler()"], (5,), **_FIVE)
     rows += _rows(["distilled 10"], ["Euler()"], (10,), **_FIVE)
-    own = ["flow", "control"]
-    return rows + _rows(own, ["AB2()"], (1, 2, 5, 10), **_FIVE)
+    undistilled = ["flow", "control"]
+    return rows + _rows(undistilled, ["AB2()"], (1, 2, 5, 10), **_FIVE)
 
 
 def _ones():
@@ -452,11 +457,11 @@ def key(row: Row) -> dict:
 
 def command(experiment: str, row: Row, seed: int) -> str:
     "What makes this record again."
-    said = "" if row.seeds == SEEDS else f"--seeds {span(row.seeds)} "
+    option = "" if row.seeds == SEEDS else f"--seeds {span(row.seeds)} "
     return (
         f"python -m diffcourse.experiments {experiment} --again "
         f"--model '{row.model}' --solver \"{row.solver}\" "
-        f"--grid {row.grid} --steps {row.steps} {said}--seed {seed}"
+        f"--grid {row.grid} --steps {row.steps} {option}--seed {seed}"
     )
 
 # %% ../nbs/20_experiments.ipynb #54cdabb4
@@ -464,21 +469,23 @@ COMMON = "data unet training sampling judge recording".split()
 
 
 def lineage(model):  # the models behind a model, and itself
-    made, own = MODELS[model], {model}
+    made, models = MODELS[model], {model}
     for name in {made.parent, made.teacher, made.pairs} - {None}:
-        own |= lineage(name)
-    return own
+        models |= lineage(name)
+    return models
 
 
 def made_by(row: Row) -> dict:  # family -> version
     "What is behind a row, for its record."
-    own = {*COMMON, row.solver.partition("(")[0], f"grid {row.grid}"}
+    families = {
+        *COMMON, row.solver.partition("(")[0], f"grid {row.grid}"
+    }
     for made in map(MODELS.get, lineage(row.model)):
-        own.add(made.loss.__name__)
+        families.add(made.loss.__name__)
         if made.pairs:
-            own |= {"pairs", type(PAIRS["solver"]).__name__}
-            own.add(f"grid {PAIRS['grid'].kind}")
-    return versions(own)
+            families |= {"pairs", type(PAIRS["solver"]).__name__}
+            families.add(f"grid {PAIRS['grid'].kind}")
+    return versions(families)
 
 # %% ../nbs/20_experiments.ipynb #8bc2c2f8
 if __name__ == "__main__" and globals().get("__spec__"):  # no notebook
