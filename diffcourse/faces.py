@@ -38,13 +38,13 @@ class FaceLaw:
         rows = {tuple(k.split()): [int(v) for v in row.split()]
                 for k, row in self.table[name][2].items()}
         given = [self.attributes[p] for p in self.parents[name]]
-        found = [_row(name, rows, case) for case in product(*given)]
+        factor = [_row(name, rows, case) for case in product(*given)]
         shape = [len(v) for v in (*given, self.attributes[name])]
         if any(len(r) != shape[-1] or sum(r) != 100 or min(r) < 0
-               for r in found):
+               for r in factor):
             raise ValueError(f"{name}: a row needs {shape[-1]} whole "
                              f"percentages that sum to 100")
-        return np.array(found).reshape(shape)
+        return np.array(factor).reshape(shape)
 
 # %% ../nbs/23_faces.ipynb #600473b6
 def _row(name, rows, case):
@@ -161,13 +161,13 @@ def draw(
 ):  # -> (N, attributes) int64, indices of values
     "People from random numbers; equal numbers, equal people."
     percent = (numbers % np.uint64(100)).astype(np.int64)
-    found = {}
+    indices = {}
     for i, (name, factor) in enumerate(self.factors.items()):
-        rows = factor[tuple(found[p] for p in self.parents[name])]
+        rows = factor[tuple(indices[p] for p in self.parents[name])]
         ends = np.broadcast_to(rows.cumsum(-1),
                                (len(percent), rows.shape[-1]))
-        found[name] = (percent[:, i, None] >= ends).sum(1)
-    return np.stack([*found.values()], 1)
+        indices[name] = (percent[:, i, None] >= ends).sum(1)
+    return np.stack([*indices.values()], 1)
 
 # %% ../nbs/23_faces.ipynb #8ddabbda
 @patch_to(FaceLaw)

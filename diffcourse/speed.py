@@ -79,8 +79,12 @@ def _plain(net, x, t):
 def _on_cuda(major: int, device, shape) -> str:
     if device.type != "cuda":
         return "needs CUDA"
-    found = torch.cuda.get_device_capability(device)
-    return "" if found >= (major, 0) else f"needs capability {major}.0"
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        ""
+        if capability >= (major, 0)
+        else f"needs capability {major}.0"
+    )
 
 
 def _on_images(device, shape) -> str:
@@ -158,9 +162,9 @@ def _measure(name, net, x, t, steps, train, repeats):  # -> row, output
         begin = runs.clock(device)
         fast = option.net(net, x, t).eval()
         den = Denoiser(fast, Linear(), "flow")
-        own = Euler(), uniform(steps), 0, len(x)
+        arguments = Euler(), uniform(steps), 0, len(x)
         row.setup = runs.clock(device) - begin
-        work = partial(sample, den, shape, *own)
+        work = partial(sample, den, shape, *arguments)
         first, row.seconds = _timed(work, repeats, device)
         row.setup += first
         with torch.no_grad():
@@ -244,8 +248,8 @@ def _row(name, why, net, x, t, settings, plain=None):
             warnings.filterwarnings("error", "torch.compile failed")
             row, out = _measure(name, net, x, t, **settings)
     except Exception as e:  # a compiler, memory, a kernel: many kinds
-        said = (str(e).splitlines() or [""])[0][:80]
-        row.note = f"failed: {type(e).__name__}: {said}"
+        reason = (str(e).splitlines() or [""])[0][:80]
+        row.note = f"failed: {type(e).__name__}: {reason}"
         if plain is None:
             raise
     if out is not None and plain is not None:
@@ -312,26 +316,28 @@ def speed(
     _check_speed(net, names, **numbers, **counts)
     if compile is None:
         compile = device.type != "cpu"
-    own = dict(steps=steps, train=train, repeats=repeats)
+    settings = dict(steps=steps, train=train, repeats=repeats)
     x, t = _inputs(batch, shape, device)
     with _alone(x.device):
-        rows, plain = _all(names, net, x, t, own, compile, others)
+        rows, plain = _all(names, net, x, t, settings, compile, others)
     return Speeds(rows, *_about(device, plain))
 
 # %% ../nbs/21_speed.ipynb #780dab99
-def _all(names, net, x, t, own, compile, others):  # -> rows, output
-    first, plain = _row("float32", "", net, x, t, own)
+def _all(names, net, x, t, settings, compile, others):  # rows, output
+    first, plain = _row("float32", "", net, x, t, settings)
     first.difference, rows = 0.0, [first]
     for name in names:
         if name != "float32":
             why = _refusal(name, x.device, x.shape[1:], compile)
-            rows.append(_row(name, why, net, x, t, own, plain)[0])
+            rows.append(_row(name, why, net, x, t, settings, plain)[0])
     for size in others:
         xs, ts = _inputs(size, x.shape[1:], x.device)
-        row, out = _row("float32", "", net, xs, ts, own, x.new_zeros(1))
+        row, out = _row(
+            "float32", "", net, xs, ts, settings, x.new_zeros(1)
+        )
         row.difference = None
         rows.append(row)
-    rows.append(_row("float32", "", net, x, t, own, plain)[0])
+    rows.append(_row("float32", "", net, x, t, settings, plain)[0])
     rows[-1].option = "float32 again"
     return rows, plain
 

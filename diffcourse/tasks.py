@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import _local
 from . import data as sets
 from .runs import load_meta
 from .settings import Settings
@@ -22,13 +23,13 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 _KEPT = "keep_every", "save_every"  # of `fit`: they shape no weight
 
 
-def _changed(what, own, changes, known):  # own with changes
+def _changed(what, defaults, changes, known):  # defaults with changes
     if odd := [k for k in changes if k not in known]:
         near = difflib.get_close_matches(str(odd[0]), known)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{what} has no {', '.join(map(repr, odd))}"
                          f"{hint} There are {', '.join(known)}")
-    return own | changes
+    return defaults | changes
 
 # %% ../nbs/22_tasks.ipynb #3df6815d
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def net(self, **changes) -> UNet:
     """A new network that fits the images.
 
     Raises: ValueError for a setting that no UNet has."""
-    own = {"channels": self.channels, "size": self.size, **self.network}
-    return UNet(**_changed("the network", own, changes, _NET))
+    defaults = {
+        "channels": self.channels, "size": self.size, **self.network
+    }
+    return UNet(**_changed("the network", defaults, changes, _NET))
 
 
 def settings(self, **changes) -> dict:
@@ -117,18 +120,17 @@ def _refuse_other(task, name, trained):
 
 def _to_load(task, name):  # what a teacher's name means for `load`
     if name.endswith(".safetensors"):
-        said = load_meta(name) if Path(name).is_file() else None
-        trained = str((said or {}).get("run") or task.name)
+        meta = load_meta(name) if Path(name).is_file() else None
+        trained = str((meta or {}).get("run") or task.name)
         _refuse_other(task, name, trained.partition("/")[0])
         return name
-    found = task.run(name.removeprefix(f"{task.name}/"))
-    if found.count("/") > 1:
+    run_name = task.run(name.removeprefix(f"{task.name}/"))
+    if run_name.count("/") > 1:
         _refuse_other(task, name, name)
-    return found
+    return run_name
 
 # %% ../nbs/22_tasks.ipynb #d05b6f18
 def _tell_other_images(task, run):  # two folders may have one name
-    from diffcourse import _local
     from diffcourse.checkpoints import read_about
 
     if task.name in _TASKS or not (folder := _local(run)):
@@ -153,9 +155,9 @@ def teacher(
     U-Net with its path; what `load` raises."""
     from diffcourse import load
 
-    found = _to_load(self, name)
-    den = load(found, source=source)
-    _tell_other_images(self, found)
+    run_name = _to_load(self, name)
+    den = load(run_name, source=source)
+    _tell_other_images(self, run_name)
     if not isinstance(getattr(den, "net", None), UNet):
         raise TypeError(
             f"teacher = {name!r} is {den}: a U-Net with its path, "
@@ -369,11 +371,11 @@ def _prepared(key, path, size, channels, flip, skip, split):
 # %% ../nbs/22_tasks.ipynb #1b28e1fc
 def _of_folder(path, size, channels, flip, skip_broken):
     large = size >= 64
-    own = dict(mults=(1, 2, 2))
+    network = dict(mults=(1, 2, 2))
     if large:  # attention where the reference has it, or lowest
         levels = [size // 2**i for i in range(4)]
         at = [n for n in (8, 16) if n in levels] or levels[2:]
-        own = _REFERENCE["net"] | dict(attention=tuple(at))
+        network = _REFERENCE["net"] | dict(attention=tuple(at))
     name = re.sub(r"\.(zip|tar|tgz)(\.\w+)?$", "", path.name)
     name = re.sub(r"[^\w-]+", "-", name).strip("-") or "folder"
     name = f"{name}{size}"
@@ -385,7 +387,7 @@ def _of_folder(path, size, channels, flip, skip_broken):
         size,
         functools.partial(
             _folder, str(path), size, channels, flip, skip_broken),
-        own,
+        network,
         _REFERENCE["training"] if large else _SMALL,
     )
 
@@ -412,13 +414,13 @@ def task(
     Raises: ValueError listing the tasks, for a size that does not fit;
     FileNotFoundError for a folder that does not exist."""
     if str(name) in _TASKS:
-        found = _TASKS[str(name)]
-        if size not in (None, 0, found.size):
+        known_task = _TASKS[str(name)]
+        if size not in (None, 0, known_task.size):
             raise ValueError(
-                f"{name} has {found.size} pixels a side, "
+                f"{name} has {known_task.size} pixels a side, "
                 f"not {size}; leave size out"
             )
-        return found
+        return known_task
     path = Path(name).expanduser()
     if not path.exists():
         raise _nothing(name)
