@@ -60,8 +60,8 @@ def _p(self) -> float:
 
 def _text(self):
     low, high = self.interval()
-    said = f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}] F"
-    return f"{said}: {self.verdict}" if self.verdict else said
+    text = f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}] F"
+    return f"{text}: {self.verdict}" if self.verdict else text
 
 
 Effect.interval, Effect.p = _interval, property(_p)
@@ -178,7 +178,10 @@ def visible(
         raise ValueError(
             f"often = {often}: between alpha = {alpha} and 1 is needed"
         )
-    short = lambda d: power(d, luck, trainings, noises, alpha) - often
+
+    def short(d):
+        return power(d, luck, trainings, noises, alpha) - often
+
     most = 1e9 * max(luck)
     return float(brentq(short, 0, most, xtol=1e-4 * max(luck)))
 
@@ -242,10 +245,12 @@ def differences(
     Raises: ValueError where the two have not the same cells or were
     not scored alike, and what `values` raises."""
     for k in "metric task n feature_hash reference_hash".split():
-        found = {r.get(k) for r in (*a, *b)}
-        if len(found) > 1:
-            raise ValueError(f"{k} is {' and '.join(map(str, found))}: "
-                             "these do not compare")
+        distinct = {r.get(k) for r in (*a, *b)}
+        if len(distinct) > 1:
+            raise ValueError(
+                f"{k} is {' and '.join(map(str, distinct))}: "
+                "these do not compare"
+            )
     cells = [_cells(r).keys() for r in (a, b)]
     if odd := sorted(cells[0] ^ cells[1]):
         raise ValueError(
@@ -265,14 +270,14 @@ def _cells(records):
     if not all(0 < r["floor"] < math.inf for r in records):
         raise ValueError("a floor that is finite and above zero is "
                          "needed: run make results")
-    found = {(r["train_seed"], r["seeds"]): r["value"] / r["floor"]
+    cells = {(r["train_seed"], r["seeds"]): r["value"] / r["floor"]
              for r in records}
-    if len(found) < len(records):
+    if len(cells) < len(records):
         raise ValueError(
-            f"{len(records)} records for {len(found)} cells: narrow "
+            f"{len(records)} records for {len(cells)} cells: narrow "
             "them with where(model=, solver=, grid=, steps=)"
         )
-    return found
+    return cells
 
 # %% ../nbs/25_inference.ipynb #65d6eae6
 MARGIN = 0.5  # floors: within it two methods are called equal
@@ -286,9 +291,9 @@ def compare(
 
     Raises: ValueError for tables with holes, or with one number in
     all cells."""
-    found = [effect(differences(*two), name)
-             for name, two in questions.items()]
-    return decide(found, margin)
+    effects = [effect(differences(*two), name)
+               for name, two in questions.items()]
+    return decide(effects, margin)
 
 # %% ../nbs/25_inference.ipynb #74343fe2
 def verdicts(

@@ -28,9 +28,9 @@ def write_record(
     "Add a record, in place of one with the same key."
     file = (folder or results_folder()) / f"{name}.jsonl"
     key = [record.get(k) for k in KEY]
-    kept = read_records(name, folder) if file.exists() else []
-    kept = [r for r in kept if [r.get(k) for k in KEY] != key]
-    text = "".join(json.dumps(r) + "\n" for r in [*kept, record])
+    records = read_records(name, folder) if file.exists() else []
+    records = [r for r in records if [r.get(k) for k in KEY] != key]
+    text = "".join(json.dumps(r) + "\n" for r in [*records, record])
     runs.atomic_write(file, text)
 
 # %% ../nbs/26_records.ipynb #71b80584
@@ -139,17 +139,17 @@ def read_records(
         raise FileNotFoundError(
             f"no records {name!r}, there are {known}: run make results"
         )
-    found = Records()
+    records = Records()
     for i, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            found.append(dict(json.loads(line)))
-            found[-1]["value"], dict(found[-1]["made"])
+            records.append(dict(json.loads(line)))
+            records[-1]["value"], dict(records[-1]["made"])
         except (ValueError, TypeError, KeyError) as e:
             raise ValueError(
                 f"{file.name}, line {i} is no record ({e}): delete the "
                 "line and run make results"
             ) from None
-    return found
+    return records
 
 # %% ../nbs/26_records.ipynb #a6694d66
 @patch_to(Records)
@@ -160,7 +160,7 @@ def averaged(self) -> "Records":
         same = [r.get(k) for k in KEY if k != "seeds"]
         same.append("today's" if _is_current(r) else str(r["made"]))
         groups.setdefault(tuple(same), []).append(r)
-    return Records(_mean(own) for own in groups.values())
+    return Records(_mean(group) for group in groups.values())
 
 
 def _mean(records):
@@ -198,8 +198,8 @@ class Table:
 
 # %% ../nbs/26_records.ipynb #4466a017
 def _line(tag, cells):
-    own = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
-    return f"<tr>{own}</tr>"
+    content = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
+    return f"<tr>{content}</tr>"
 
 
 @patch_to(Table)
@@ -248,19 +248,19 @@ def table(
     columns: str,  # field that names the columns, "solver"
 ) -> Table:
     "FD in multiples of F: mean ± standard deviation over the seeds."
-    own = _newest(self).averaged()
-    across = list(dict.fromkeys(r[columns] for r in own))
-    down = list(dict.fromkeys(r[rows] for r in own))
+    records = _newest(self).averaged()
+    across = list(dict.fromkeys(r[columns] for r in records))
+    down = list(dict.fromkeys(r[rows] for r in records))
     down = sorted(down) if rows in ("steps", "nfe") else down
     body = [
-        [str(d), *(_cell(own.where(**{rows: d, columns: c}))
+        [str(d), *(_cell(records.where(**{rows: d, columns: c}))
                    for c in across)]
         for d in down
     ]
-    n = len({r["train_seed"] for r in own})
+    n = len({r["train_seed"] for r in records})
     seeds = f"mean ± sd of {n} training seeds; " if n > 1 else ""
-    note = f"FD / F; {seeds}{own.caption()}{_left_out(self)}"
-    if any(r.get("lost") for r in own):
+    note = f"FD / F; {seeds}{records.caption()}{_left_out(self)}"
+    if any(r.get("lost") for r in records):
         note += ". ‡ a class was lost in some samples"
     return Table([rows, *map(str, across)], body, note)
 
@@ -272,12 +272,12 @@ def curves(
     lines: str = "solver",  # field that tells the curves apart
 ) -> dict:  # name -> (x, mean, smallest, largest), for plotting.curves
     "FD in multiples of F against x, with the range over the seeds."
-    found, records = {}, _newest(self).averaged()
+    by_label, records = {}, _newest(self).averaged()
     for name in dict.fromkeys(r[lines] for r in records):
-        own = records.where(**{lines: name})
-        at = sorted({r[x] for r in own})
-        values = [_in_floors(own.where(**{x: a})) for a in at]
-        label = f"{name} †" if own.old() else str(name)
+        group = records.where(**{lines: name})
+        at = sorted({r[x] for r in group})
+        values = [_in_floors(group.where(**{x: a})) for a in at]
+        label = f"{name} †" if group.old() else str(name)
         by = (statistics.mean, min, max)
-        found[label] = (at, *([f(v) for v in values] for f in by))
-    return found
+        by_label[label] = (at, *([f(v) for v in values] for f in by))
+    return by_label
