@@ -19,6 +19,7 @@ from .data import Images
 from .store import (
     _decoded, _refuse_broken, _warn_small, prepare)
 
+# %% ../nbs/28_files.ipynb #3939424d
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -28,9 +29,8 @@ def _shown(name):       # neither hidden nor one of these
     return not any(part.startswith(".") or part in _OTHERS
                    for part in name.split("/") if part != ".")
 
-# %% ../nbs/28_files.ipynb #3939424d
 def _in_folder(folder):     # name -> (what changes with it, its bytes)
-    found = {}
+    entries = {}
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if _shown(name)]
         for name in filter(_shown, names):
@@ -38,8 +38,8 @@ def _in_folder(folder):     # name -> (what changes with it, its bytes)
             about = path.stat() if path.exists() else path.lstat()
             stamp = about.st_size, about.st_mtime_ns
             name = path.relative_to(folder).as_posix()
-            found[name] = stamp, path.read_bytes
-    return found
+            entries[name] = stamp, path.read_bytes
+    return entries
 
 def _in_zip(path):
     archive = zipfile.ZipFile(path)
@@ -58,7 +58,10 @@ def _in_tar(path):
     with tarfile.open(path) as archive:     # packed in whatever way
         packed = not isinstance(archive.fileobj, io.BufferedReader)
         plain = tempfile.TemporaryFile() if packed else open(path, "rb")
-        read = lambda entry: _piece(plain, entry)
+
+        def read(entry):
+            return _piece(plain, entry)
+
         weakref.finalize(read, plain.close)     # with the last of them
         if packed:
             archive.fileobj.seek(0)
@@ -164,10 +167,10 @@ class Files:
     def key(self):      # changes with the files, the shape, the labels
         what = [1, self.shape, self.columns,
                 [(name, self.entries[name][0]) for name in self.names]]
-        said = sha256(repr(what).encode())
+        digest = sha256(repr(what).encode())
         for v in self.labels.values():
-            said.update(v.numpy().tobytes())
-        return said.hexdigest()
+            digest.update(v.numpy().tobytes())
+        return digest.hexdigest()
 
     def read(self, i):
         _, raw = self.entries[self.names[i]]
@@ -175,17 +178,19 @@ class Files:
 
 # %% ../nbs/28_files.ipynb #fbda235a
 def _in_memory(source, skip, flip):
-    kept, bad, small, size = [], [], 0, source.shape[1]
+    tensors, bad, small, size = [], [], 0, source.shape[1]
     for rows in _decoded(source):
-        at = len(kept) + len(bad)
+        at = len(tensors) + len(bad)
         bad += [(at + j, row[2]) for j, row in enumerate(rows)
                 if row[2]]
         good = [(x, side) for x, side, why in rows if not why]
         small += sum(side < size for _, side in good)
-        kept += [torch.tensor(x, dtype=torch.float32) for x, _ in good]
+        tensors += [
+            torch.tensor(x, dtype=torch.float32) for x, _ in good
+        ]
     _refuse_broken(source, bad, skip)
-    _warn_small(source, small, len(kept))
-    x = (torch.stack(kept) / 127.5 - 1).clamp(-1, 1)
+    _warn_small(source, small, len(tensors))
+    x = (torch.stack(tensors) / 127.5 - 1).clamp(-1, 1)
     return Images(x, None, source.name, flip)
 
 def store_of(source):   # the folder for what is made of a path

@@ -42,15 +42,15 @@ def _table(source, name):       # columns, (N, K) numbers; or two Nones
              for line in _lines(source, name)]
     if not lines:
         return None, None
-    found = {Path(file).stem: values for file, _, values in lines
-             if file.lower().endswith(SUFFIXES)}
-    lost = [n for n in source.names if Path(n).stem not in found]
+    by_stem = {Path(file).stem: values for file, _, values in lines
+               if file.lower().endswith(SUFFIXES)}
+    lost = [n for n in source.names if Path(n).stem not in by_stem]
     if lost:
         raise ValueError(
             f"{name} has no line for {len(lost)} of "
             f"{len(source.names)} images in {source.where}, such as "
             f"{lost[0]}; put the list of this set there, or none")
-    text = " ".join(found[Path(n).stem] for n in source.names)
+    text = " ".join(by_stem[Path(n).stem] for n in source.names)
     values = np.fromstring(text, np.int64, sep=" ")
     values = torch.from_numpy(values.reshape(len(source.names), -1))
     head = [f"{first} {rest}".split() for first, _, rest in lines
@@ -60,7 +60,9 @@ def _table(source, name):       # columns, (N, K) numbers; or two Nones
 # %% ../nbs/29_real_faces.ipynb #7508b3c3
 def _by_name(names):
     "A tenth of the images, chosen by a hash of their names."
-    digest = lambda n: sha256(Path(n).stem.encode()).digest()
+    def digest(n):
+        return sha256(Path(n).stem.encode()).digest()
+
     return torch.tensor([digest(n)[0] < 26 for n in names])
 
 def _faces(path, size):
@@ -152,35 +154,35 @@ def _look(size, download):      # -> source or store, what to say of it
     missed = []
     for name, get in _roads(size, download):
         try:
-            found = get()
+            source = get()
         except FileNotFoundError as error:
             why = " ".join(str(error).split()).partition(";")[0]
             missed.append((name, why[:200]))
             continue
         for other, why in missed:
             print(f"CelebA: not {other} ({why})")
-        return found, name
+        return source, name
     raise FileNotFoundError(_by_hand(missed))
 
 def _given(data, size):
     path = Path(data).expanduser()
     if not (path / "manifest.json").exists():
         return _faces(path, size), str(path)
-    found = open_store(path)
-    if found.shape != (3, size, size):
+    store = open_store(path)
+    if store.shape != (3, size, size):
         raise ValueError(f"the store {path} holds images of "
-                         f"{found.shape}, not of {(3, size, size)}")
-    return found, f"a store in {path}"
+                         f"{store.shape}, not of {(3, size, size)}")
+    return store, f"a store in {path}"
 
 # %% ../nbs/29_real_faces.ipynb #22cb228b
-def _part(found, split, name):
-    held = found.labels.get("held_out")
+def _part(faces, split, name):
+    held = faces.labels.get("held_out")
     if held is None:
-        held = _by_name(found.names)
+        held = _by_name(faces.names)
     here = (held == (split == "held_out")) | (split == "all")
     if not here.any():
-        raise ValueError(f"none of {len(found)} images is in {split}")
-    return found.part(here.nonzero()[:, 0], name)
+        raise ValueError(f"none of {len(faces)} images is in {split}")
+    return faces.part(here.nonzero()[:, 0], name)
 
 # %% ../nbs/29_real_faces.ipynb #a70819fa
 def celeba(
@@ -196,13 +198,13 @@ def celeba(
     ValueError for a set that is damaged, or another split.
     Source: Liu et al. (2015)."""
     _split(split, 0, 0)
-    found, name = (_look(size, download) if data is None
+    faces, name = (_look(size, download) if data is None
                    else _given(data, size))
-    if not isinstance(found, Store):
+    if not isinstance(faces, Store):
         place = runs.home() / "data" / f"celeba-{size}x{size}"
-        place = place if data is None else store_of(found)
-        found = prepare(found, place, skip_broken, TERMS)
-    part = _part(found, split, f"celeba {split} {size}x{size}")
-    print(f"CelebA: {len(part):,} of {len(found):,} faces, from {name}."
+        place = place if data is None else store_of(faces)
+        faces = prepare(faces, place, skip_broken, TERMS)
+    part = _part(faces, split, f"celeba {split} {size}x{size}")
+    print(f"CelebA: {len(part):,} of {len(faces):,} faces, from {name}."
           f" {TERMS}")
     return part

@@ -134,9 +134,9 @@ class Store(_Ahead):
     @property
     def hash(self):     # of the content, as it is now
         _verify(self)
-        said = json.dumps([self.manifest[k] for k in KEYS[:3]])
+        manifest = json.dumps([self.manifest[k] for k in KEYS[:3]])
         rows = self._rows.numpy().tobytes()
-        return sha256(said.encode() + rows).hexdigest()
+        return sha256(manifest.encode() + rows).hexdigest()
 
     def __reduce__(self):       # for worker processes: open it again
         return _reopen, (self.folder, self.manifest, self.flip,
@@ -343,10 +343,10 @@ def _write(source, folder, key):    # -> notes, sha256 of the bytes
 # %% ../nbs/27_store.ipynb #ab692d9f
 def _finish(source, folder, notes, digest, licence):
     bad = {i for i, _ in notes["bad"]}
-    kept = [i for i in range(len(source.names)) if i not in bad]
+    good = [i for i in range(len(source.names)) if i not in bad]
     manifest = {
         "format": 1, "name": source.name, "source": str(source.where),
-        "key": notes["key"], "shape": [len(kept), *source.shape],
+        "key": notes["key"], "shape": [len(good), *source.shape],
         "sha256": digest, "labels": None, "licence": licence,
         "columns": source.columns,
         "left_out": [source.names[i] for i in sorted(bad)]}
@@ -354,12 +354,12 @@ def _finish(source, folder, notes, digest, licence):
     labels = folder / "labels.safetensors"
     labels.unlink(missing_ok=True)
     if source.labels:
-        some = {k: v[kept] for k, v in source.labels.items()}
+        some = {k: v[good] for k, v in source.labels.items()}
         runs.save_tensors(labels, some, {})
         manifest["labels"] = _digest(labels)
     os.replace(folder / "pixels.part", folder / "pixels.u8")
     for name, what in (
-            ("names", [source.names[i] for i in kept]),
+            ("names", [source.names[i] for i in good]),
             ("checked", _stamp(folder)), ("manifest", manifest)):
         text = json.dumps(what, indent=1)
         runs.atomic_write(folder / f"{name}.json", text)
