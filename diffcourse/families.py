@@ -119,11 +119,11 @@ def _fitted(loss, net, data, **more):  # -> losses, and what was learnt
 
 
 def _probe_loss(cases):
-    found = {}
+    values = {}
     for name, case in cases().items():
         losses, after = _fitted(*case)
-        found[name], found[f"{name}, after"] = losses, after
-    return found
+        values[name], values[f"{name}, after"] = losses, after
+    return values
 
 # %% ../nbs/30_families.ipynb #71278967
 def _denoising():
@@ -150,27 +150,27 @@ def _distilled():
     cases += [dict(features=5.0), dict(anchor=0.05)]
     cases += [dict(rule="midpoint", ratio=3), dict(delta=0.3)]
     x = digits("train")
-    found = {
+    trainings = {
         str(c): (Distillation(den, 5, **c), _net(), x) for c in cases
     }
     loss, net = Distillation(den, 2, 1), compact(UNet(base=32))
-    return found | {"compact": (loss, _awake(net), x)}
+    return trainings | {"compact": (loss, _awake(net), x)}
 
 
 def _probe_distillation():
     usual = "delta ratio anchor features".split()
-    found = {f"usual {k}": [getattr(Distillation, k)] for k in usual}
-    return _probe_loss(_distilled) | found
+    values = {f"usual {k}": [getattr(Distillation, k)] for k in usual}
+    return _probe_loss(_distilled) | values
 
 # %% ../nbs/30_families.ipynb #8b34e50a
 def _mean_flow():
     cases = [(Intervals(k), 1.0) for k in ("logit-normal", "v1")]
     cases += [(Intervals("v1"), 0.0), (Intervals("uniform"), 0.5)]
-    found = {f"{c}": MeanFlowLoss(*c) for c in cases}
-    found["difference"] = MeanFlowLoss(derivative="difference")
+    losses = {f"{c}": MeanFlowLoss(*c) for c in cases}
+    losses["difference"] = MeanFlowLoss(derivative="difference")
     return {
         k: (loss, _awake(with_interval(_net())), digits("train"))
-        for k, loss in found.items()
+        for k, loss in losses.items()
     }
 
 
@@ -249,16 +249,16 @@ def _waves(x, t, r=0.0):  # for a network: bends in all arguments
 
 
 def _probe_solver(name):
-    found = {}
+    values = {}
     dens = [Denoiser(_waves, Linear(), "flow")]
     if name != "MeanFlow":  # which takes nothing else
         dens.append(Denoiser(_waves, VP.cosine(), "v"))
     for den in dens:
         for rule in _RULES[name]:
             out = sample(den, (9,), rule, _TIMES, range(8))
-            found[f"{rule} {den.path}"] = [out.nfe]
-            found[f"{rule} {den.path}, x"] = sum_up(out.x)
-    return found
+            values[f"{rule} {den.path}"] = [out.nfe]
+            values[f"{rule} {den.path}, x"] = sum_up(out.x)
+    return values
 
 # %% ../nbs/30_families.ipynb #9413426d
 def _probe_grid(name):
@@ -271,25 +271,25 @@ def _probe_grid(name):
 
 # %% ../nbs/30_families.ipynb #e43329eb
 def _probe_data():
-    found = {}
+    values = {}
     for split in ("train", "held_out", "all"):
         images = digits(split)
-        found[f"{split} x"] = [len(images), *sum_up(images.x)]
-        found[f"{split} y"] = sum_up(images.y)
-    return found
+        values[f"{split} x"] = [len(images), *sum_up(images.x)]
+        values[f"{split} y"] = sum_up(images.y)
+    return values
 
 
 def _probe_unet():
-    found, x, t = {}, _noise(4), torch.tensor([0.0, 0.1, 0.6, 1.0])
+    values, x, t = {}, _noise(4), torch.tensor([0.0, 0.1, 0.6, 1.0])
     for two in (False, True):
         torch.manual_seed(0)
         net = UNet(second_time=two)
         size = [float(p.detach().norm()) for p in net.parameters()]
-        found[f"start {two}"] = [count_parameters(net), *sum_up(size)]
+        values[f"start {two}"] = [count_parameters(net), *sum_up(size)]
         with torch.no_grad():
             out = _awake(net)(x, t, t / 2) if two else _awake(net)(x, t)
-        found[f"out {two}"] = sum_up(out)
-    return found
+        values[f"out {two}"] = sum_up(out)
+    return values
 
 # %% ../nbs/30_families.ipynb #4c173827
 def _plain_loss(net, x, draw):  # no loss of the book
@@ -325,8 +325,8 @@ def _probe_sampling():
         for p in ("eps", "x0", "v", "flow", "score"):
             den = Denoiser(net, path, p)
             with torch.no_grad():
-                found = den.x0(x, t), den.eps(x, t), den.flow(x, t)
-            out[f"{path} {p}"] = [v for f in found for v in sum_up(f)]
+                tensors = den.x0(x, t), den.eps(x, t), den.flow(x, t)
+            out[f"{path} {p}"] = [v for f in tensors for v in sum_up(f)]
     den, grid = Denoiser(net, Linear(), "flow"), uniform(3, 1.0, 0.1)
     way = den, (1, 8, 8), _Rule(0.1), grid
     made = sample(*way, range(4), batch=3)
@@ -344,17 +344,17 @@ def _probe_pairs():
 
 def _probe_judge():
     real, train = digits("all").x, digits("train").x
-    seen, found = judge.features(real[:400]), {}
+    seen, values = judge.features(real[:400]), {}
     for name, x in judge.corruptions(real, 0).items():
-        own = judge.features(x[300:700])
-        value, error = judge.kid(own, seen, repeats=5)
+        features = judge.features(x[300:700])
+        value, error = judge.kid(features, seen, repeats=5)
         parts = x[:200], train[:300], train[300:600]
-        found[name] = [judge.fd(own, seen)]
-        found[f"{name}, kernel"] = [value, error]
-        found[f"{name}, copies"] = [judge.memorisation(*parts)]
-        found[f"{name}, features"] = sum_up(own)
-    found["floor"] = judge.measure_floor(2)
-    return found
+        values[name] = [judge.fd(features, seen)]
+        values[f"{name}, kernel"] = [value, error]
+        values[f"{name}, copies"] = [judge.memorisation(*parts)]
+        values[f"{name}, features"] = sum_up(features)
+    values["floor"] = judge.measure_floor(2)
+    return values
 
 # %% ../nbs/30_families.ipynb #9332882e
 _CHAINS = "flow", "distilled 5 compact", "meanflow", "regression"
@@ -364,14 +364,14 @@ def _probe_recording():
     def exact(*what, **settings):
         return fit(*what, **settings | {"precision": "fp32"})
 
-    found, x, t = {}, _noise(8), torch.linspace(0.1, 1, 8)
+    values, x, t = {}, _noise(8), torch.linspace(0.1, 1, 8)
     with patch.object(recording, "fit", exact):
         for model in _CHAINS:
             net = recording.train(model, 1, 2)[0].net.cpu()
             two = [t / 2] if net.config()["second_time"] else []
             with torch.no_grad():
-                found[model] = sum_up(net(x, t, *two))
-    return found
+                values[model] = sum_up(net(x, t, *two))
+    return values
 
 # %% ../nbs/30_families.ipynb #40886355
 PROBES = {

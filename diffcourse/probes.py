@@ -36,11 +36,11 @@ def distance(
     shapes = [{k: len(v) for k, v in d.items()} for d in (now, was)]
     if shapes[0] != shapes[1]:
         return math.inf
-    found = [0.0]
+    moves = [0.0]
     for k, old in was.items():
         size = math.sqrt(sum(v * v for v in old) / len(old)) or 1.0
-        found += [abs(a - b) / size for a, b in zip(now[k], old)]
-    return max(found) if all(map(math.isfinite, found)) else math.inf
+        moves += [abs(a - b) / size for a, b in zip(now[k], old)]
+    return max(moves) if all(map(math.isfinite, moves)) else math.inf
 
 # %% ../nbs/31_probes.ipynb #6a5f2ca1
 def committed() -> dict:  # family -> {"version", "values"}
@@ -54,10 +54,10 @@ def fault(
     "What is wrong with a family, and what to do."
     was, version = committed().get(family), VERSIONS[family]
     if was is None or was["version"] != version:
-        said = "none" if was is None else f"version {was['version']}"
+        saved = "none" if was is None else f"version {was['version']}"
         return (
             f"{family} has version {version}, its committed probe "
-            f"{said}: run python -m diffcourse.probes --write"
+            f"{saved}: run python -m diffcourse.probes --write"
         )
     change = distance(probe(family), was["values"])
     return "" if change <= tolerance(family) else _moved(family, change)
@@ -100,12 +100,12 @@ def write():
     old = committed() if file.exists() else {}
     was = {f: old[f]["version"] if f in old else 0 for f in VERSIONS}
     raised = {f for f, version in VERSIONS.items() if version > was[f]}
-    found = {f: _renewed(f, old, raised) for f in VERSIONS}
-    if faults := [said for _, said in found.values() if said]:
+    renewed = {f: _renewed(f, old, raised) for f in VERSIONS}
+    if faults := [error for _, error in renewed.values() if error]:
         raise ValueError("\n".join(faults))
     lines = [
         f"{json.dumps(f)}: {json.dumps(new)}"
-        for f, (new, _) in found.items()
+        for f, (new, _) in renewed.items()
     ]
     runs.atomic_write(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -127,9 +127,9 @@ def main(arguments=None):
         p.exit(1, f"{e}\n")
     faults = 0
     for family in given.families or VERSIONS:
-        said = fault(family)
-        faults += bool(said)
-        print(said or f"{family}: as it was", flush=True)
+        error = fault(family)
+        faults += bool(error)
+        print(error or f"{family}: as it was", flush=True)
     p.exit(min(faults, 1))
 
 # %% ../nbs/31_probes.ipynb #33ba5035
