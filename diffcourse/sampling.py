@@ -103,13 +103,13 @@ def _half(self):  # -> type of the weights where it is half, or None
 
 
 def _parts(net):  # the modules of a network; of a function none
-    found, left = {}, [net] if isinstance(net, nn.Module) else []
+    parts, left = {}, [net] if isinstance(net, nn.Module) else []
     while left:
         part = left.pop()
-        if part is not None and part not in found:
-            found[part] = True
+        if part is not None and part not in parts:
+            parts[part] = True
             left += part._modules.values()
-    return found
+    return parts
 
 
 def _half_type(parts):
@@ -181,8 +181,8 @@ class Solver:
         raise NotImplementedError
 
     def __repr__(self):
-        own = vars(self).items()
-        args = [f"{k}={v!r}" for k, v in own if k[0] != "_"]
+        attributes = vars(self).items()
+        args = [f"{k}={v!r}" for k, v in attributes if k[0] != "_"]
         return f"{type(self).__name__}({', '.join(args)})"
 
 # %% ../nbs/14_sampling.ipynb #0df5df54
