@@ -56,8 +56,8 @@ class TwoLevels(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:  # -> (B, 112)
         "Both levels, each of mean variance 1 on real images."
-        both = zip(self.levels(x), self.scale)
-        return torch.cat([level / size for level, size in both], 1)
+        levels = zip(self.levels(x), self.scale)
+        return torch.cat([level / size for level, size in levels], 1)
 
     def forward(self, x: Tensor) -> Tensor:  # -> (B, 10)
         "The score of each class; x is (B, 1, 28, 28) in [-1, 1]."
