@@ -56,11 +56,11 @@ def _step(self, den: Denoiser, x, t, s, noise):
         return first if u == t and y is x else den.flow(y, u)
 
     end = x.new_tensor([t, s], dtype=x.double().dtype)
-    own = dict(norm=_worst, step_t=end[1:])
-    own["max_num_steps"] = max(1, self.most // 6)
+    options = dict(norm=_worst, step_t=end[1:])
+    options["max_num_steps"] = max(1, self.most // 6)
     how = dict(rtol=self.rtol, atol=self.atol, method="dopri5")
     try:
-        return odeint(flow, x, end, **how, options=own)[-1]
+        return odeint(flow, x, end, **how, options=options)[-1]
     except AssertionError as e:  # torchdiffeq's way to say no
         raise ValueError(_NOT_MET.format(self, t, s, e)) from None
 

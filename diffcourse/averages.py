@@ -78,30 +78,30 @@ def _copy(net):
 
 @torch.no_grad()
 def _move(average, net, d):  # all tensors in one call
-    own, new = list(average.parameters()), list(net.parameters())
-    torch._foreach_lerp_(own, new, 1 - d)
+    averaged, new = list(average.parameters()), list(net.parameters())
+    torch._foreach_lerp_(averaged, new, 1 - d)
     for a, b in zip(average.buffers(), net.buffers()):
         a.copy_(b)
 
 # %% ../nbs/39_averages.ipynb #7cb6e1fa
 def tensors(self) -> dict:
     "The averages, for a state."
-    found = {"ema": self.net.state_dict()}
+    states = {"ema": self.net.state_dict()}
     if self.wide is not None:
-        found["wide"] = self.wide.state_dict()
-    return found
+        states["wide"] = self.wide.state_dict()
+    return states
 
 
 def restore(self, saved: dict, share: float):
     "Set the averages to those of a state."
     for name, net in (("ema", self.net), ("wide", self.wide)):
         if net is not None:
-            own = {
+            weights = {
                 k.removeprefix(f"{name}."): v
                 for k, v in saved.items()
                 if k.startswith(f"{name}.")
             }
-            net.load_state_dict(own)
+            net.load_state_dict(weights)
     self.share = share
 
 
@@ -111,8 +111,8 @@ EMA.tensors, EMA.restore = tensors, restore
 def _product(ti, gi, tj, gj):  # equation eq-profiles, for arrays
     early, late = np.minimum(ti, tj), np.maximum(ti, tj)
     g = np.where(ti < tj, gj, gi)  # of the later one
-    both = (gi + 1) * (gj + 1) / (gi + gj + 1)
-    return both * (early / late) ** g / late
+    factor = (gi + 1) * (gj + 1) / (gi + gj + 1)
+    return factor * (early / late) ** g / late
 
 
 def mixture_of(
@@ -143,14 +143,14 @@ def posthoc(
             "with ema_kind='power' and keep_every=, an eighth of the "
             "steps"
         )
-    kept, loaded = [], []
+    profiles, loaded = [], []
     for wide in files:
-        own = wide.with_name(wide.name.replace("wide", "model"))
-        for file in (own, wide):
+        narrow = wide.with_name(wide.name.replace("wide", "model"))
+        for file in (narrow, wide):
             values, meta = runs.load_tensors(file)
-            kept.append((meta["steps"], meta["width"]))
+            profiles.append((meta["steps"], meta["width"]))
             loaded.append(values)
-    mix = mixture_of(kept, (kept[-1][0], width))
+    mix = mixture_of(profiles, (profiles[-1][0], width))
     return {k: _sum(mix, [v[k] for v in loaded]) for k in loaded[-1]}
 
 # %% ../nbs/39_averages.ipynb #873978c6

@@ -269,10 +269,11 @@ def keep(state):
     more = {"raw": state.net, "wide": state.ema.wide}
     for name, net in more.items():
         if net is not None:
-            own = {"width": 2 * state.s.ema} if name == "wide" else {}
+            fields = ({"width": 2 * state.s.ema} if name == "wide"
+                      else {})
             file = f"{name}-{state.step:07d}.safetensors"
             path = state.folder / file
-            runs.save_tensors(path, net.state_dict(), meta | own)
+            runs.save_tensors(path, net.state_dict(), meta | fields)
 
 # %% ../nbs/38_checkpoints.ipynb #cafa895a
 def point_to(state):
@@ -283,14 +284,14 @@ def point_to(state):
         runs.atomic_write(file, text)
 
 # %% ../nbs/38_checkpoints.ipynb #1337ee4b
-def _as_tensor(kept, step, file):
+def _as_tensor(value, step, file):
     try:
-        return torch.as_tensor(kept).detach()
+        return torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(
-            f"the callback returned {type(kept).__name__} at iteration "
-            f"{step}: a tensor, an array, a number or None is kept "
-            f"({e}). The training up to here is saved in {file}"
+            f"the callback returned {type(value).__name__} at "
+            f"iteration {step}: a tensor, an array, a number or None "
+            f"is kept ({e}). The training up to here is saved in {file}"
         ) from e
 
 
@@ -304,15 +305,15 @@ def _as_images(x):  # in [-1, 1], or None
 # %% ../nbs/38_checkpoints.ipynb #99d9b016
 def snapshot(state, callback):
     "Call the callback and keep what it returns."
-    kept, tensors = callback(state.step, state.ema.net), {}
-    if kept is not None:
-        tensors = {"x": _as_tensor(kept, state.step, state.file)}
+    returned, tensors = callback(state.step, state.ema.net), {}
+    if returned is not None:
+        tensors = {"x": _as_tensor(returned, state.step, state.file)}
     name = f"{state.step:07d}"
     meta = {"step": state.step, "of": state.watcher}
     file = state.folder / f"snapshot-{name}.safetensors"
     runs.save_tensors(file, tensors, meta)
-    for kept in tensors.values():
-        draw(state, kept)
+    for tensor in tensors.values():
+        draw(state, tensor)
 
 # %% ../nbs/38_checkpoints.ipynb #283de997
 def draw(state, kept):
@@ -324,12 +325,12 @@ def draw(state, kept):
 
 def seen(state) -> dict:  # step -> {} or {"x": what was returned}
     "The iterations that the callback has seen."
-    kept = {}
+    by_step = {}
     for file in sorted(state.folder.glob("snapshot-*.safetensors")):
         tensors, meta = runs.load_tensors(file)
         if meta["step"] <= state.step and meta["of"] == state.watcher:
-            kept[meta["step"]] = tensors
-    return kept
+            by_step[meta["step"]] = tensors
+    return by_step
 
 
 def snapshots(state) -> dict:  # step -> tensor
@@ -373,7 +374,7 @@ def read_about(folder: Path) -> dict:
 
 def others(folder: Path, what: dict) -> list[tuple]:
     "Trainings of the same name: (differences, folder, iterations)."
-    found = []
+    trainings = []
     for about in folder.parent.glob("*/run.json"):
         state = about.with_name("state.safetensors")
         if about.parent == folder or not state.exists():
@@ -382,16 +383,17 @@ def others(folder: Path, what: dict) -> list[tuple]:
             ValueError, OSError, TypeError, KeyError, AttributeError
         ):
             done = int(runs.load_meta(state)["step"])
-            said = differences(read_about(about.parent), what)
-            found.append((said, about.parent, done))
-    return sorted(found, key=lambda f: (len(f[0]), -f[2], str(f[1])))
+            changes = differences(read_about(about.parent), what)
+            trainings.append((changes, about.parent, done))
+    return sorted(
+        trainings, key=lambda f: (len(f[0]), -f[2], str(f[1])))
 
 # %% ../nbs/38_checkpoints.ipynb #70947632
 def tell(folder: Path, what: dict, run: str, say):
     "Name the training that is nearest to a new one."
     near = others(folder, what)
     if near and near[0][0]:
-        said, other, done = near[0]
+        changes, other, done = near[0]
         say(f"a new training; {done:,} iterations exist ({other.name}) "
-            f"of one that differs in {'; '.join(said)}. "
+            f"of one that differs in {'; '.join(changes)}. "
             f"start={run!r} takes its weights")

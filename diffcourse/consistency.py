@@ -42,20 +42,20 @@ class Consistency:
         _check_consistency(self)
 
 # %% ../nbs/62_consistency.ipynb #b842b4f0
-def _check_consistency(own):
-    if own.iterations < own.stages:
+def _check_consistency(loss):
+    if loss.iterations < loss.stages:
         raise ValueError(
-            f"{own.iterations} iterations have no room for "
-            f"{own.stages} stages: take fewer, stages="
+            f"{loss.iterations} iterations have no room for "
+            f"{loss.stages} stages: take fewer, stages="
         )
-    if not own.c > 0 or own.rule not in distill.RULES:
+    if not loss.c > 0 or loss.rule not in distill.RULES:
         raise ValueError(
-            f"c={own.c}, rule={own.rule!r}: c above 0 and one of "
+            f"c={loss.c}, rule={loss.rule!r}: c above 0 and one of "
             f"{[*distill.RULES]} are needed"
         )
-    if own.teacher and not isinstance(own.teacher.path, Linear):
+    if loss.teacher and not isinstance(loss.teacher.path, Linear):
         raise ValueError(
-            f"the teacher's path is {own.teacher.path}: a consistency "
+            f"the teacher's path is {loss.teacher.path}: a consistency "
             "model of this course lives on Linear()"
         )
 

@@ -160,15 +160,15 @@ def look(
     """All that the judge says: features, values and how sure it is.
 
     Raises: ValueError for other shapes, nan or inf."""
-    net, found = net or face_judge(), []
+    net, answers = net or face_judge(), []
     for part in _seen(x).split(500):
         features = net.features(part)
         best = [s.softmax(1).max(1)
                 for s in net.out(features).split(COUNTS, 1)]
-        found.append((features.double(),
-                      torch.stack([b.indices for b in best], 1),
-                      torch.stack([b.values for b in best], 1)))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+        answers.append((features.double(),
+                        torch.stack([b.indices for b in best], 1),
+                        torch.stack([b.values for b in best], 1)))
+    return tuple(torch.cat(parts) for parts in zip(*answers))
 
 # %% ../nbs/44_faces_judge.ipynb #0ba11ae9
 def read(

@@ -34,9 +34,10 @@ def compiled(
         except Exception as e:  # of the compiler: many kinds
             if works:
                 raise
-            said = (str(e).splitlines() or [""])[0]
+            message = (str(e).splitlines() or [""])[0]
             warnings.warn("torch.compile failed, going on without it: "
-                          f"{type(e).__name__}: {said}", stacklevel=2)
+                          f"{type(e).__name__}: {message}",
+                          stacklevel=2)
             works[:] = [False]
             return call(*args)
 

@@ -151,8 +151,9 @@ def sample(
     seed: int = 0,  # of the one generator that draws them all
 ) -> Tensor:  # (n,) float64
     "Independent draws."
-    own = (seed + 0x9E3779B9) % 2**32  # unlike noise from the same seed
-    gen = torch.Generator().manual_seed(own)
+    # unlike noise from the same seed
+    shifted_seed = (seed + 0x9E3779B9) % 2**32
+    gen = torch.Generator().manual_seed(shifted_seed)
     u = torch.rand(n, generator=gen, dtype=torch.float64)
     k = torch.searchsorted(self.weights.cumsum(0)[:-1], u, right=True)
     z = torch.randn(n, generator=gen, dtype=torch.float64)

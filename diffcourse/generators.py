@@ -186,8 +186,8 @@ class DistributionMatching:
     ):
         _must_be_flow(teacher)
         self.every = runs.whole("every", every)
-        own = copy.deepcopy(teacher.net)
-        self.teacher = own.requires_grad_(False).eval()
+        frozen = copy.deepcopy(teacher.net)
+        self.teacher = frozen.requires_grad_(False).eval()
         self.anchor, self.c = anchor, c
         self.low, self.high = low, high
 
@@ -249,9 +249,9 @@ def drift(
     Source: Deng et al. (2026), with pixels as features."""
     with torch.autocast(x.device.type, enabled=False):
         a, b = x.float().flatten(1), real.float().flatten(1)
-        own = torch.cdist(a, a)
-        own.fill_diagonal_(float("inf"))
-        apart = torch.cat([torch.cdist(a, b), own], 1)
+        self_distances = torch.cdist(a, a)
+        self_distances.fill_diagonal_(float("inf"))
+        apart = torch.cat([torch.cdist(a, b), self_distances], 1)
         total = torch.zeros_like(a)
         for tau in taus:
             near = -apart / tau

@@ -31,17 +31,17 @@ _SAYS_NOTHING = ("__doc__", "__firstlineno__")
 
 @functools.lru_cache(maxsize=None)
 def _steps(code):  # the instructions, with what they refer to
-    found = []
+    instructions = []
     for i in dis.get_instructions(code):
         if i.opname == "STORE_NAME" and i.argval in _SAYS_NOTHING:
-            found.pop()
+            instructions.pop()
         else:
-            found.append(i)
-    return found
+            instructions.append(i)
+    return instructions
 
 # %% ../nbs/37_identity.ipynb #7fba9313
 def _bytecode(code):  # a hash of all that the code does
-    said = [
+    instructions = [
         _constant(i.argval) if i.opcode in dis.hasconst
         else [i.opname, i.argrepr or i.arg]
         for i in _steps(code)
@@ -49,7 +49,7 @@ def _bytecode(code):  # a hash of all that the code does
     names = code.co_varnames[: _arguments(code)]
     flags = code.co_flags & ~0x4000000  # whether it has a docstring
     caught = code.co_exceptiontable.hex()
-    text = repr([said, names, flags, code.co_argcount, caught])
+    text = repr([instructions, names, flags, code.co_argcount, caught])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -111,17 +111,17 @@ def _imported(steps, k, around):  # what instruction k imports: a dict
 
 # %% ../nbs/37_identity.ipynb #75a1fed5
 def _reads(code, around):  # name -> value, of all that is not inside
-    found = {}
+    values = {}
     for c in _inner(code):
         steps = _steps(c)
         for k, i in enumerate(steps):
             if i.opname in _BY_NAME and i.argval in around:
                 start = around[i.argval], i.argval
                 name, value = _chain(*start, steps[k + 1 :])
-                found[name] = value
+                values[name] = value
             elif i.opname == "IMPORT_NAME":
-                found |= _imported(steps, k, around)
-    return found
+                values |= _imported(steps, k, around)
+    return values
 
 # %% ../nbs/37_identity.ipynb #cee5313e
 class _Walk:  # one description: what was met, and where we are
@@ -138,15 +138,15 @@ class _Walk:  # one description: what was met, and where we are
         if id(obj) not in self.known:
             self.open[id(obj)] = len(self.open)
             self.trail.append(str(name))
-            said = _digest(_describe(self, obj))
-            self.known[id(obj)] = [said], obj  # alive: its id is its
+            digest = _digest(_describe(self, obj))
+            self.known[id(obj)] = [digest], obj  # alive: its id is its
             self.trail.pop()
             del self.open[id(obj)]
         return self.known[id(obj)][0]
 
 
-def _digest(said):
-    text = json.dumps(said, sort_keys=True)
+def _digest(description):
+    text = json.dumps(description, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/37_identity.ipynb #7b16540d
@@ -202,21 +202,21 @@ def _library(obj):  # -> name, version
     module = getattr(obj, "__module__", None) or ""
     top = module.partition(".")[0]
     version = getattr(sys.modules.get(top), "__version__", "")
-    own = "" if top in ("torch", "numpy") else str(version)
-    return ["library", module, obj.__qualname__, own]
+    relevant = "" if top in ("torch", "numpy") else str(version)
+    return ["library", module, obj.__qualname__, relevant]
 
 
 def _function(walk, f):
     cells = zip(f.__code__.co_freevars, f.__closure__ or ())
     parts = {k: c.cell_contents for k, c in cells if _is_full(c)}
     if _is_library(f.__module__ or ""):
-        said = _library(f)
+        description = _library(f)
     else:
-        said = ["function", f.__name__, _bytecode(f.__code__)]
-        walk.code[f"{f.__module__}.{f.__qualname__}"] = said[-1]
+        description = ["function", f.__name__, _bytecode(f.__code__)]
+        walk.code[f"{f.__module__}.{f.__qualname__}"] = description[-1]
         parts |= _reads(f.__code__, f.__globals__) | vars(f)
     parts |= {"defaults": f.__defaults__, "named": f.__kwdefaults__}
-    return said + _parts(walk, parts, f)
+    return description + _parts(walk, parts, f)
 
 # %% ../nbs/37_identity.ipynb #f3f4fb08
 def _is_full(cell):  # of a closure: has it a value yet?
@@ -227,30 +227,32 @@ def _is_full(cell):  # of a closure: has it a value yet?
 
 
 def _parts(walk, parts, f):  # what a function or a class is made of
-    said = []
+    entries = []
     for k, v in sorted(parts.items()):
         if _is_open(v):  # the module as a whole, so all that is named
             v = _named_in(v, f)
-        said.append([k, walk(v, k)])
+        entries.append([k, walk(v, k)])
         if not (callable(v) or k in ("defaults", "named")):
-            walk.code[f"{f.__qualname__} reads {k}"] = said[-1][1]
-    return said
+            walk.code[f"{f.__qualname__} reads {k}"] = entries[-1][1]
+    return entries
 
 
 def _named_in(module, f):  # the attributes of a module that f may want
     names = {n for c in _inner(f.__code__) for n in c.co_names}
-    found = {n: vars(module)[n] for n in names & vars(module).keys()}
+    attributes = {n: vars(module)[n]
+                  for n in names & vars(module).keys()}
     return {n: _named_in(v, f) if _is_open(v) else v
-            for n, v in found.items()}
+            for n, v in attributes.items()}
 
 # %% ../nbs/37_identity.ipynb #759fdfa7
 def _builtin(walk, f):
-    own = getattr(f, "__self__", None)
-    free = own is None or inspect.ismodule(own) or inspect.isclass(own)
+    owner = getattr(f, "__self__", None)
+    free = (owner is None or inspect.ismodule(owner)
+            or inspect.isclass(owner))
     return [
         "builtin",
         f.__qualname__,
-        None if free else walk(own, "of"),
+        None if free else walk(owner, "of"),
     ]
 
 
@@ -281,9 +283,9 @@ def _class(walk, c):
     parents = [walk(b, b.__name__) for b in c.__bases__]
     members = {k: v for k, v in vars(c).items()
                if k not in _WRITTEN_BY_PYTHON and type(v) not in _SLOT}
-    said = [[k, walk(v, k)] for k, v in sorted(members.items())]
+    entries = [[k, walk(v, k)] for k, v in sorted(members.items())]
     kind = walk(type(c), "metaclass")
-    return ["class", c.__name__, kind, parents, said]
+    return ["class", c.__name__, kind, parents, entries]
 
 # %% ../nbs/37_identity.ipynb #0c79f586
 def _shaping(walk, obj, state):  # of a state: what shapes a result
@@ -291,13 +293,14 @@ def _shaping(walk, obj, state):  # of a state: what shapes a result
     if isinstance(obj, torch.nn.Module):
         drop |= {"_is_torch_compile", "_compiled_call_impl"}
         drop |= {"training"} if walk.learns else set()
-    found = {}
+    shaping = {}
     for k, v in state.items():
-        own = inspect.getattr_static(type(obj), str(k), None)
-        if k in drop or isinstance(own, functools.cached_property):
+        attribute = inspect.getattr_static(type(obj), str(k), None)
+        if k in drop or isinstance(
+                attribute, functools.cached_property):
             continue
-        found[k] = list(v.values()) if "_hooks" in str(k) else v
-    return found
+        shaping[k] = list(v.values()) if "_hooks" in str(k) else v
+    return shaping
 
 
 def _still(net):  # parts that stay as they are evaluated
@@ -306,11 +309,11 @@ def _still(net):  # parts that stay as they are evaluated
 
 
 def _shared(net):  # for each weight, the first that has its memory
-    first, found = {}, []
+    first, pairs = {}, []
     for name, p in net.named_parameters(remove_duplicate=False):
         at = p.device, p.is_meta or p.untyped_storage().data_ptr()
-        found.append([name, first.setdefault(at, name)])
-    return [pair for pair in found if pair[0] != pair[1]]
+        pairs.append([name, first.setdefault(at, name)])
+    return [pair for pair in pairs if pair[0] != pair[1]]
 
 # %% ../nbs/37_identity.ipynb #4c7b7071
 def _has_slots(state):  # (attributes or nothing, slots)
@@ -324,20 +327,21 @@ def _object(walk, obj):
         made = reduce(obj) if reduce else obj.__reduce_ex__(4)
     except Exception:  # each library has its own
         raise _refuse(walk, obj, f"of the type {type(obj)}") from None
-    said = ["object", walk(type(obj), type(obj).__name__)]
+    description = ["object", walk(type(obj), type(obj).__name__)]
     if isinstance(made, str):  # the name of something global
-        return [*said, made]
+        return [*description, made]
     _, args, state, items, pairs = (*made, None, None, None)[:5]
     if _has_slots(state):
         state = (state[0] or {}) | state[1]
     if isinstance(state, dict):
         state = _shaping(walk, obj, state)
-        said += [[k, walk(v, k)] for k, v in sorted(state.items())]
+        description += [[k, walk(v, k)]
+                        for k, v in sorted(state.items())]
         state = None
     if isinstance(obj, torch.nn.Module):
-        said.append(_shared(obj) + _still(obj) * walk.learns)
+        description.append(_shared(obj) + _still(obj) * walk.learns)
     more = args, state, list(items or ()), dict(pairs or ())
-    return said + [walk(v, "state") for v in more]
+    return description + [walk(v, "state") for v in more]
 
 # %% ../nbs/37_identity.ipynb #48407d1d
 _BUILTIN = (
@@ -397,9 +401,10 @@ def _describe(walk, obj):  # -> plain data, fit for JSON
     if isinstance(obj, logging.Logger):
         return ["logger", obj.name]
     if inspect.ismodule(obj):
-        found = {k: v for k, v in vars(obj).items() if k[:2] != "__"}
-        said = walk(found, "all") if _is_open(obj) else None
-        return ["module", obj.__name__, said]
+        attributes = {k: v for k, v in vars(obj).items()
+                      if k[:2] != "__"}
+        description = walk(attributes, "all") if _is_open(obj) else None
+        return ["module", obj.__name__, description]
     return _object(walk, obj)
 
 # %% ../nbs/37_identity.ipynb #e9c85497
@@ -421,10 +426,10 @@ def identify(
     Raises: TypeError naming what cannot be described."""
     walks = {"net": _Walk(learns=True)} | {k: _Walk() for k in parts}
     parts, code = {"net": net} | parts, {}
-    found = {k: walks[k](v, k) for k, v in parts.items()}
+    hashes = {k: walks[k](v, k) for k, v in parts.items()}
     for walk in walks.values():
         code |= walk.code
-    return _digest(found)[:12], {"parts": found, "code": code}
+    return _digest(hashes)[:12], {"parts": hashes, "code": code}
 
 # %% ../nbs/37_identity.ipynb #a5d7aafd
 def differences(
@@ -432,21 +437,21 @@ def differences(
     b: dict,  # another
 ) -> list[str]:  # what is different in b, in words
     "What tells two trainings apart."
-    found = []
+    changes = []
     for k, v in b.get("settings", {}).items():
         if a.get("settings", {}).get(k) != v:
-            found.append(f"{k} ({a['settings'].get(k)}, now {v})")
+            changes.append(f"{k} ({a['settings'].get(k)}, now {v})")
     one, two = a.get("code", {}), b.get("code", {})
     names = [k for k in two if k in one and one[k] != two[k]]
     names = names or [
         k for k in {**one, **two} if k not in one or k not in two
     ]
-    found += names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
+    changes += names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
     for k, v in b.get("parts", {}).items():
         told = k == "settings" or (names and k in ("loss", "loop"))
         if a.get("parts", {}).get(k) != v and not told:
-            found.append(_PARTS.get(k, f"the {k}"))
-    return found
+            changes.append(_PARTS.get(k, f"the {k}"))
+    return changes
 
 
 _PARTS = {"net": "the network or its weights at the start"}

@@ -129,7 +129,7 @@ def preview(
     solver, grid = getattr(loss, "sampler", usual)
 
     def look(step, net):
-        den, own = Denoiser(net, path, predicts), range(n)
-        return sample(den, shape, solver, grid, own, progress=False).x
+        den, seeds = Denoiser(net, path, predicts), range(n)
+        return sample(den, shape, solver, grid, seeds, progress=False).x
 
     return look

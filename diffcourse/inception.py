@@ -86,10 +86,10 @@ def _extract(images, file, batch):  # -> (n, 2048) float32
         verbose=False,
         feature_extractor_weights_path=str(file),
     )
-    found, done = [], 0
+    features, done = [], 0
     begin = last = time.perf_counter()
     for x in images.batches(batch):
-        found.append(net(x.cuda() if cuda else x)[0].cpu())
+        features.append(net(x.cuda() if cuda else x)[0].cpu())
         done, now = done + len(x), time.perf_counter()
         if now - last > 10:
             last, speed = now, done / (now - begin)
@@ -98,7 +98,7 @@ def _extract(images, file, batch):  # -> (n, 2048) float32
                 f"seen, {speed:,.0f} a second",
                 flush=True,
             )
-    return torch.cat(found)
+    return torch.cat(features)
 
 # %% ../nbs/33_inception.ipynb #2f7be1a9
 @dataclass
@@ -137,23 +137,23 @@ def load_features(
     something else."""
     try:
         tensors, about = runs.load_tensors(path)
-        found = Features(tensors["features"], **about)
-        found.shape = tuple(found.shape)
+        features = Features(tensors["features"], **about)
+        features.shape = tuple(features.shape)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is cut off, or holds no features: delete it, and "
             "give the images instead, which makes it again"
         ) from error
-    return found
+    return features
 
 
-def _check_protocol(found, protocol, where):
+def _check_protocol(features, protocol, where):
     for k, now in protocol.items():
-        if found.protocol.get(k) != now:
+        if features.protocol.get(k) != now:
             raise ValueError(
                 f"the features of {where} are of another protocol: "
-                f"{k} {found.protocol.get(k)}, here it is {now}. Give "
-                "the images instead"
+                f"{k} {features.protocol.get(k)}, here it is {now}. "
+                "Give the images instead"
             )
 
 # %% ../nbs/33_inception.ipynb #e83d5a07
@@ -171,10 +171,10 @@ def _features(images, file, batch, cache):  # -> Features
         return images
     where = None if cache is False else _place(images, protocol, cache)
     if where and where.exists():
-        found = load_features(where)
-        _check_protocol(found, protocol, where)
-        if found.hash == images.hash:
-            return found
+        features = load_features(where)
+        _check_protocol(features, protocol, where)
+        if features.hash == images.hash:
+            return features
         raise ValueError(f"{where} is of other images: delete it")
     values = _extract(images, file, batch)
     about = images.name, images.hash, images.shape, images.grey
@@ -220,17 +220,17 @@ def _subset_size(subset, n):  # n: images of the smaller set
 def _kid(a, b, subset, subsets):  # mean, deviation, standard error
     from torch_fidelity import metric_kid as tf
 
-    found = tf.kid_features_to_metric(
+    metrics = tf.kid_features_to_metric(
         a,
         b,
         kid_subset_size=subset,
         kid_subsets=subsets,
         verbose=False,
     )
-    spread = found[tf.KEY_METRIC_KID_STD]
+    spread = metrics[tf.KEY_METRIC_KID_STD]
     rest = min(len(a), len(b)) - subset
     error = spread * (subset / rest) ** 0.5
-    return found[tf.KEY_METRIC_KID_MEAN], spread, error
+    return metrics[tf.KEY_METRIC_KID_MEAN], spread, error
 
 # %% ../nbs/33_inception.ipynb #66d2a0ee
 @dataclass

@@ -37,8 +37,8 @@ def invert(
     with _evaluating(den.net):
         states = _solve(den, DDIM(), times, "stop", trajectory, None, x)
     seconds, nfe = clock(den.device) - begin, den.nfe - before
-    kept = states if trajectory else None
-    return Samples(states[-1], nfe, seconds, times, kept)
+    visited = states if trajectory else None
+    return Samples(states[-1], nfe, seconds, times, visited)
 
 # %% ../nbs/66_inversion.ipynb #a446370b
 def slerp(

@@ -32,8 +32,8 @@ def half(
     train = mnist5k("train")
     place = torch.zeros(len(train), dtype=torch.long)
     for c in range(10):
-        own = (train.y == c).nonzero()[:, 0]
-        place[own] = torch.arange(len(own))
+        indices = (train.y == c).nonzero()[:, 0]
+        place[indices] = torch.arange(len(indices))
     rows = (place % 2 == k).nonzero()[:, 0].tolist()
     return train.part(rows, f"MNIST, half {k}")
 
@@ -56,8 +56,8 @@ class TwoLevels(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:  # -> (B, 112)
         "Both levels, each of mean variance 1 on real images."
-        both = zip(self.levels(x), self.scale)
-        return torch.cat([level / size for level, size in both], 1)
+        levels = zip(self.levels(x), self.scale)
+        return torch.cat([level / size for level, size in levels], 1)
 
     def forward(self, x: Tensor) -> Tensor:  # -> (B, 10)
         "The score of each class; x is (B, 1, 28, 28) in [-1, 1]."
@@ -130,12 +130,12 @@ def train_judge(
     Raises: ValueError for another kind."""
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}: one of {[*KINDS]}")
-    network, own, usual = KINDS[kind]
+    network, half_index, usual = KINDS[kind]
     torch.manual_seed(seed)
     return fit(ClassifierLoss(noise=0.05), network(),
-               Labelled(half(own)), run or f"mnist28/judge-{kind}",
-               steps or usual, lr=3e-3, decay=0.7, precision="fp32",
-               seed=seed)
+               Labelled(half(half_index)),
+               run or f"mnist28/judge-{kind}", steps or usual,
+               lr=3e-3, decay=0.7, precision="fp32", seed=seed)
 
 # %% ../nbs/58_judges.ipynb #ca74b68f
 @torch.no_grad()
@@ -144,8 +144,8 @@ def _calibrated(net, kind):  # half precision; levels of variance 1
     for p in net.parameters():
         p.copy_(p.half())
     other = half(1 - KINDS[kind][1])
-    found = zip(*(net.levels(p) for p in other.x.split(500)))
-    scales = [torch.cat(f).var(0).mean().sqrt() for f in found]
+    levels = zip(*(net.levels(p) for p in other.x.split(500)))
+    scales = [torch.cat(f).var(0).mean().sqrt() for f in levels]
     net.scale.copy_(torch.stack(scales))
     return net
 

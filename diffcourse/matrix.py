@@ -116,7 +116,7 @@ def matrix(
     if not nfes:
         raise ValueError("no budget: one evaluation or more is needed")
     end = limit(den, shape, uniform(1), seeds)[-1]
-    found = []
+    cells = []
     for grid, spaced in grids.items():
         path = den.path if _infinite(spaced(2), den.path) else None
         for name, plan in cast.items():
@@ -124,9 +124,9 @@ def matrix(
                 made = plan(nfe, path), spaced, nfe
                 x = made[0] and _landed(den, shape, seeds, *made)
                 if x is not None:
-                    own = Cell(name, grid, nfe, *_distances(x, end))
-                    found.append(own)
-    return found
+                    cell = Cell(name, grid, nfe, *_distances(x, end))
+                    cells.append(cell)
+    return cells
 
 # %% ../nbs/64_matrix.ipynb #27ab95e3
 def _some(known, names):
@@ -166,14 +166,15 @@ def best_grids(
     grids=None,  # keys of ON; None: the best of all
 ) -> Table:
     "The smallest median of each solver at each budget."
-    own = [c for c in cells if not grids or c.grid in grids]
-    budgets = sorted({c.nfe for c in own})
-    names = [*dict.fromkeys(c.grid for c in own)]
+    selected = [c for c in cells if not grids or c.grid in grids]
+    budgets = sorted({c.nfe for c in selected})
+    names = [*dict.fromkeys(c.grid for c in selected)]
     rows = []
-    for solver in dict.fromkeys(c.solver for c in own):
+    for solver in dict.fromkeys(c.solver for c in selected):
         row = [solver]
         for n in budgets:
-            at = [c for c in own if (c.solver, c.nfe) == (solver, n)]
+            at = [c for c in selected
+                  if (c.solver, c.nfe) == (solver, n)]
             least = min(at, key=lambda c: c.median, default=None)
             mark = chr(97 + names.index(least.grid)) if least else ""
             row.append(f"{least.median:.3f} {mark}" if least else "–")

@@ -24,8 +24,8 @@ def _gauss():  # nodes and weights on [-1, 1]
 
 def _basis(nodes, at):  # one array a node: 1 there, 0 at the others
     others = [[q for q in nodes if q != p] for p in nodes]
-    return [np.prod([(at - q) / (p - q) for q in own], axis=0)
-            for p, own in zip(nodes, others)]
+    return [np.prod([(at - q) / (p - q) for q in rest], axis=0)
+            for p, rest in zip(nodes, others)]
 
 # %% ../nbs/35_multistep.ipynb #e607a7a0
 class DEIS(Solver):
@@ -103,8 +103,9 @@ def _weights(self, path: Path, times, s):  # -> one a guess, or few
         ratio = path.sigma(times[0]) / path.alpha(times[0])
         scale *= -float(ratio)
     at = _times(path, at) if in_t else at
-    own = q * np.exp(-u) * scale
-    return [float((own * basis).sum()) for basis in _basis(nodes, at)]
+    weights = q * np.exp(-u) * scale
+    return [float((weights * basis).sum())
+            for basis in _basis(nodes, at)]
 
 # %% ../nbs/35_multistep.ipynb #b0c99fb6
 def _times(path, lam):
@@ -207,7 +208,10 @@ def _runge_kutta(den, x, guess, t, s):  # -> the mean of four guesses
             f"PNDM cannot begin at t = {t}, where alpha = 0: begin "
             "later (start=0.999 of the grid), or take IPNDM"
         )
-    go = lambda e, u: _carried(path, x, guess, e, t, u)
+
+    def go(e, u):  # to the time u, along e
+        return _carried(path, x, guess, e, t, u)
+
     first = guess.eps
     second = den.eps(go(first, middle), middle)
     third = den.eps(go(second, middle), middle)

@@ -60,10 +60,10 @@ def _train(model, seed, steps, home):
     recipe, name = MODELS[model], f"{model}-{seed}"
     name = name.replace(" ", "-").replace("/", "-")
     loss, net, data = _parts(recipe, seed, steps)
-    own = recipe.training | {"seed": seed}
-    own["steps"] = steps or recipe.steps
+    settings = recipe.training | {"seed": seed}
+    settings["steps"] = steps or recipe.steps
     with _lock(name):
-        made = fit(loss, net, data, run=f"results/{name}", **own)
+        made = fit(loss, net, data, run=f"results/{name}", **settings)
     return _ready(made, loss), _about(made, model, seed, steps)
 
 # %% ../nbs/32_recording.ipynb #b7eec01f
@@ -76,12 +76,12 @@ def _parts(recipe, seed, steps):  # -> loss, network, data
         options["teacher"] = made(recipe.teacher)
     if steps and "iterations" in options:
         options |= {"iterations": steps, "stages": 1}
-    own = task(recipe.task)
-    data = own.images("train")
+    model_task = task(recipe.task)
+    data = model_task.images("train")
     if recipe.pairs:
         data = _pairs(made(recipe.pairs), seed, steps)[0]
     torch.manual_seed(seed)
-    net = STARTS[recipe.start](parent and parent.net, own)
+    net = STARTS[recipe.start](parent and parent.net, model_task)
     return recipe.loss(**options), net, data
 
 # %% ../nbs/32_recording.ipynb #f1d7584b
@@ -129,27 +129,28 @@ def cost(
     steps: int | None = None,  # iterations; None: as it is written
 ) -> dict:  # seconds and images, with all that it stands on
     "What it takes to make the model from nothing."
-    spent, images, own = 0.0, 0, lineage(model)
-    for name in own:
+    spent, images, models = 0.0, 0, lineage(model)
+    for name in models:
         about, recipe = train(name, seed, steps)[1], MODELS[name]
         spent += about["train_seconds"]
         images += about["train_steps"] * recipe.batch
-    for name in {MODELS[m].pairs for m in own} - {None}:
-        found = _pairs(train(name, seed, steps)[0], seed, steps)
-        spent, images = spent + found[1], images + len(found[0])
+    for name in {MODELS[m].pairs for m in models} - {None}:
+        timed_pairs = _pairs(train(name, seed, steps)[0], seed, steps)
+        spent, images = (spent + timed_pairs[1],
+                         images + len(timed_pairs[0]))
     return {"total_seconds": round(spent, 1), "total_images": images}
 
 # %% ../nbs/32_recording.ipynb #730a14ca
 def _scored(name, x):  # what the judges of a task say of samples
     if name == "digits":
-        found = asdict(score(x))
-        return {"metric": "FD", "value": found.pop("fd"), **found}
+        fields = asdict(score(x))
+        return {"metric": "FD", "value": fields.pop("fd"), **fields}
     from diffcourse.yardstick import yardstick
 
     one, two = (yardstick(k).measure(x) for k in ("pixels", "edges"))
-    found = {"metric": "FD", "value": one.fd, **asdict(one)}
-    found |= {"value2": two.fd, "floor2": two.floor}
-    return {k: v for k, v in found.items() if k not in ("fd", "judge")}
+    fields = {"metric": "FD", "value": one.fd, **asdict(one)}
+    fields |= {"value2": two.fd, "floor2": two.floor}
+    return {k: v for k, v in fields.items() if k not in ("fd", "judge")}
 
 # %% ../nbs/32_recording.ipynb #bc04678d
 def _record(experiment, model, made, device="cpu", task="digits"):
@@ -174,14 +175,15 @@ def run_row(
     "Train or fetch the model, sample, score."
     den, about = train(row.model, seed, steps)
     spent = cost(row.model, seed, steps)
-    own = task(MODELS[row.model].task)
+    model_task = task(MODELS[row.model].task)
     grid = GRIDS[row.grid](row.steps)
-    solver = solver_of(row.solver, grid, den, own.shape)
+    solver = solver_of(row.solver, grid, den, model_task.shape)
     each = dict(seeds=range(*row.seeds), batch=125)
-    out = sample(den, own.shape, solver, grid, **each)
+    out = sample(den, model_task.shape, solver, grid, **each)
     record = _record(experiment, row.model, made_by(row), den.device,
-                     own.name)
-    record |= key(row) | about | spent | _scored(own.name, out.x)
+                     model_task.name)
+    record |= (key(row) | about | spent
+               | _scored(model_task.name, out.x))
     record |= {"nfe": out.nfe, "seconds": round(out.seconds, 2)}
     record["parameters"] = count_parameters(den.net)
     record["command"] = command(experiment, row, seed)
@@ -190,10 +192,10 @@ def run_row(
 # %% ../nbs/32_recording.ipynb #59bf2eb8
 def _plain(experiment, name, value, n, **more):  # of no training
     command = f"python -m diffcourse.experiments {experiment} --again"
-    own = {"metric": "FD", "value": value, "n": n, "train_seed": 0}
-    own["command"] = command
+    fields = {"metric": "FD", "value": value, "n": n, "train_seed": 0}
+    fields["command"] = command
     made = versions(["data", "judge"])
-    return _record(experiment, name, made) | own | more
+    return _record(experiment, name, made) | fields | more
 
 
 def run_floor() -> list[dict]:
@@ -206,27 +208,27 @@ def run_floor() -> list[dict]:
 
 def run_corruptions() -> list[dict]:
     "A record for each known corruption, n = 1,000."
-    real, found = digits("all").x, []
+    real, records = digits("all").x, []
     for name, x in corruptions(real, 0).items():
         value = fd(features(x[:1000]), features(real))
-        own = "16_corruptions", name, value, 1000
-        found.append(_plain(*own, floor=floor()))
-    return found
+        arguments = "16_corruptions", name, value, 1000
+        records.append(_plain(*arguments, floor=floor()))
+    return records
 
 # %% ../nbs/32_recording.ipynb #0e2159ad
 def run_baselines() -> list[dict]:
     "The models of page 59 on digits, a fit for each record."
-    train, found = digits("train"), []
+    train, records = digits("train"), []
     for name, make in BASELINES.items():
         for fit in TRAIN_SEEDS:
             for seeds in NOISES:
                 x = make(1000, seeds[0] + fit, train)
-                own = _scored("digits", x)
-                own |= {"seeds": span(seeds), "train_seed": fit}
-                value, n = own.pop("value"), own.pop("n")
+                fields = _scored("digits", x)
+                fields |= {"seeds": span(seeds), "train_seed": fit}
+                value, n = fields.pop("value"), fields.pop("n")
                 made = _plain("08_baselines", name, value, n)
-                found.append(made | own)
-    return found
+                records.append(made | fields)
+    return records
 
 
 UNTRAINED = {"16_floor": run_floor, "16_corruptions": run_corruptions,
@@ -257,19 +259,20 @@ def run_matrix(
     for model, seed, seeds in _networks():
         if (model, seed, span(seeds)) in stands:
             continue
-        den, about, own = _network(model, seed)
+        den, about, model_task = _network(model, seed)
         begin = time.perf_counter()
-        cells = matrix(den, own.shape, range(*seeds))
+        cells = matrix(den, model_task.shape, range(*seeds))
         about["seconds"] = round(time.perf_counter() - begin, 1)
         made = versions({*COMMON, *ENTRIES} - {"judge"})
-        record = _record(MATRIX, model, made, den.device, own.name)
+        record = _record(MATRIX, model, made, den.device,
+                         model_task.name)
         record |= about | {"seeds": span(seeds), "metric": "rms"}
         record |= {"n": len(range(*seeds)), "value": least(cells, 10)}
         yield record | {"cells": [c.row() for c in cells]}
 
 
-def _surveyed(found):  # what stands of it
-    same = [r for r in found if r not in found.old()]
+def _surveyed(records):  # what stands of it
+    same = [r for r in records if r not in records.old()]
     return [(r["model"], r["train_seed"], r["seeds"]) for r in same
             if r.get("recipe") == _recipe(r["model"])]
 
@@ -278,15 +281,15 @@ def _recipe(model):  # of what is trained here
     return identity(model) if model in MODELS else None
 
 # %% ../nbs/32_recording.ipynb #7a0dedb2
-def _found(name, folder):
+def _records_of(name, folder):
     try:
         return read_records(name, folder)
     except FileNotFoundError:
         return Records()
 
 
-def _stands(found, row, seed):
-    same = found.where(**key(row), train_seed=seed)
+def _stands(records, row, seed):
+    same = records.where(**key(row), train_seed=seed)
     old, recipe = same.old(), MODELS[row.model]
     return any(
         r not in old
@@ -308,11 +311,11 @@ def todo(
     wanted = {k: v for k, v in fields.items() if v is not None}
     chosen = []
     for name in names:
-        found = Records() if again else _found(name, folder)
+        records = Records() if again else _records_of(name, folder)
         for row in EXPERIMENTS.get(name, ()):
             if key(row) == key(row) | wanted:
                 for s in TRAIN_SEEDS if seed is None else (seed,):
-                    if not _stands(found, row, s):
+                    if not _stands(records, row, s):
                         chosen.append((name, row, s))
     return sorted(chosen, key=_place)
 
@@ -337,14 +340,14 @@ def _iterations(made):  # in those of a first training, roughly
 
 # %% ../nbs/32_recording.ipynb #04d1ddd5
 def _pace(name):  # seconds of an iteration and of an evaluation
-    own = task(name)
-    x, net = own.images("train"), own.net()
+    timed_task = task(name)
+    x, net = timed_task.images("train"), timed_task.net()
     loss = DenoisingLoss(VP.cosine())
     data = dict(run=f"results/estimate-{name}", fresh=True)
     for n in (1, 8):  # the first starts what has to be started
         made = fit(loss, net, x, steps=n, **data)
     den = Denoiser(made.net, VP.cosine(), "v")
-    out = sample(den, own.shape, n=250, grid=uniform(1))
+    out = sample(den, timed_task.shape, n=250, grid=uniform(1))
     return made.seconds / 8, 4 * out.seconds
 
 
@@ -358,9 +361,10 @@ def estimate(
     wanted = {(m, j[2]) for j in jobs for m in lineage(j[1].model)}
     for name in {MODELS[m].task for m, _ in wanted}:
         iteration, evaluation = _pace(name)
-        own = [MODELS[m] for m, _ in wanted if MODELS[m].task == name]
+        recipes = [MODELS[m] for m, _ in wanted
+                   if MODELS[m].task == name]
         rows = [j[1] for j in jobs if MODELS[j[1].model].task == name]
-        total += iteration * sum(map(_iterations, own))
+        total += iteration * sum(map(_iterations, recipes))
         total += evaluation * sum(r.steps for r in rows)
     torch.set_num_threads(threads)
     return total / workers
@@ -400,8 +404,8 @@ def _work(jobs, workers):  # yields (experiment, record)
 def _untrained(names, again, folder):
     for name in names:
         if name in UNTRAINED:
-            found = _found(name, folder)
-            if again or not found or found.old():
+            records = _records_of(name, folder)
+            if again or not records or records.old():
                 for record in UNTRAINED[name]():
                     write_record(name, record, folder)
                 print(f"{name}: recorded", flush=True)
@@ -409,8 +413,8 @@ def _untrained(names, again, folder):
 
 def _survey(names, again, folder):
     if MATRIX in names:
-        found = Records() if again else _found(MATRIX, folder)
-        for r in run_matrix(_surveyed(found)):
+        records = Records() if again else _records_of(MATRIX, folder)
+        for r in run_matrix(_surveyed(records)):
             write_record(MATRIX, r, folder)
             print(f"{MATRIX}: {r['model']} {r['train_seed']}, noises "
                   f"{r['seeds']}: {r['seconds']} s", flush=True)
@@ -422,16 +426,23 @@ def _workers():
     return min(4, os.cpu_count() or 1)
 
 # %% ../nbs/32_recording.ipynb #1b22e0ac
+def _fields(r):  # of a record: those of a row
+    return {k: r.get(k) for k in Row.__match_args__}
+
+
 def _arrange(names, folder):  # in the order of the rows; no others
     for name in EXPERIMENTS.keys() & set(names):
         rows = [key(r) for r in EXPERIMENTS[name]]
-        own = lambda r: {k: r.get(k) for k in Row.__match_args__}
-        place = lambda r: (rows.index(own(r)), r["train_seed"])
-        found = _found(name, folder)
-        kept = sorted((r for r in found if own(r) in rows), key=place)
-        if kept != found:
+
+        def place(r):
+            return rows.index(_fields(r)), r["train_seed"]
+
+        records = _records_of(name, folder)
+        arranged = sorted(
+            (r for r in records if _fields(r) in rows), key=place)
+        if arranged != records:
             file = (folder or results_folder()) / f"{name}.jsonl"
-            text = "".join(json.dumps(r) + "\n" for r in kept)
+            text = "".join(json.dumps(r) + "\n" for r in arranged)
             runs.atomic_write(file, text)
 
 
@@ -445,13 +456,13 @@ def _must_exist(names, **chosen):  # an answer to a slip of the pen
     if chosen and not todo(names, again=True, **chosen):
         raise ValueError(f"no row of {names} has {chosen}: see --list")
 
-
+# %% ../nbs/32_recording.ipynb #8a35ca96
 def _line(name, r):  # what is said of a record
     keys = "model solver grid steps train_seed".split()
     what = ", ".join(str(r[k]) for k in keys)
     return f"{name}: {what}: {r['value'] / r['floor']:.2f} F"
 
-# %% ../nbs/32_recording.ipynb #8a35ca96
+
 def _carry_out(jobs, workers, folder):
     floor()  # every score needs it: if it is missing, say so now
     workers = min(workers or _workers(), len(_chains(jobs)))

@@ -69,7 +69,8 @@ class Settings:
     tf32: bool = False  # float32 products with 10 bits, on CUDA
     fused: bool = False  # AdamW as one kernel
     exact: bool = True  # deterministic kernels: repeats bit for bit
-    __post_init__ = lambda self: _check_settings(self)
+    def __post_init__(self):
+        _check_settings(self)
 
 # %% ../nbs/42_settings.ipynb #7ebafa37
 def _plain(v):  # a number of numpy as one of Python
@@ -188,10 +189,10 @@ def tf32(on: bool):
     old, new = "allow_tf32", "fp32_precision"  # new: since torch 2.9
     parts = [p for p in parts if hasattr(p, new)]
     flags = [(p, old) for p in owners] + [(p, new) for p in parts]
-    kept = []
+    previous = []
     for p, name in flags:
         with contextlib.suppress(RuntimeError):  # old against new
-            kept.append((p, name, getattr(p, name)))
+            previous.append((p, name, getattr(p, name)))
     try:
         for p in owners:
             p.allow_tf32 = on
@@ -199,7 +200,7 @@ def tf32(on: bool):
             p.fp32_precision = "tf32" if on else "ieee"
         yield
     finally:
-        for p, name, value in kept:
+        for p, name, value in previous:
             setattr(p, name, value)
 
 # %% ../nbs/42_settings.ipynb #2515312b

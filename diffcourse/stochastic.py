@@ -122,8 +122,8 @@ def _step(self, den: Denoiser, x, t, s, noise):
     h, end, past = there - here, guess, self._past
     if past and self._at == t and self.order == 2 and math.isfinite(h):
         end = guess + h / (here - past[0]) / 2 * (guess - past[1])
-    own = math.isfinite(here)
-    self._past, self._at = (here, guess) if own else None, s
+    finite = math.isfinite(here)
+    self._past, self._at = (here, guess) if finite else None, s
     left = math.exp(-h)  # 0 where lam is infinite
     ratio = left * float(path.sigma(s) / path.sigma(t))
     new = 1 - left**2

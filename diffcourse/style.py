@@ -137,10 +137,10 @@ def _dark_renderer():
 # %% ../nbs/53_style.ipynb #2e90b4d7
 def _ink(renderer, gc):
     "How to draw, with the colour of lines and texts turned."
-    own = renderer.new_gc()
-    own.copy_properties(gc)
-    own.set_foreground(tuple(_turned(gc.get_rgb())), isRGBA=True)
-    return own
+    ink = renderer.new_gc()
+    ink.copy_properties(gc)
+    ink.set_foreground(tuple(_turned(gc.get_rgb())), isRGBA=True)
+    return ink
 
 # %% ../nbs/53_style.ipynb #b3587c02
 def _text_ink(renderer, gc, x, y, s, prop, angle, ismath=False):
@@ -148,16 +148,16 @@ def _text_ink(renderer, gc, x, y, s, prop, angle, ismath=False):
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     i = int(y - w / 2 * sin - h / 2 * cos)     # the middle of the text
     j = int(x + w / 2 * cos - h / 2 * sin)
-    r, own = 1 + int(h / 2), _ink(renderer, gc)
+    r, turned_ink = 1 + int(h / 2), _ink(renderer, gc)
     drawn = np.asarray(renderer.buffer_rgba())[
         max(0, i - r):max(0, i + r), max(0, j - r):max(0, j + r)]
     if drawn.size == 0:
-        return own
+        return turned_ink
     under = np.median(drawn.reshape(-1, 4), axis=0) / 255
     under = under[:3] * under[3] + GROUND * (1 - under[3])
     given, turned = (_contrast(ink.get_rgb(), under)
-                     for ink in (gc, own))
-    return gc if given > turned else own
+                     for ink in (gc, turned_ink))
+    return gc if given > turned else turned_ink
 
 # %% ../nbs/53_style.ipynb #96f20a5d
 @cache

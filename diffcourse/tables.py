@@ -89,8 +89,8 @@ def sigma(self, t):
 def t_of_lam(self, lam):
     "The time of the entry whose lam is nearest."
     lam, bar = _scalar(lam), self.alphas_cumprod
-    own = 0.5 * (bar / (1 - bar)).log().to(lam.device)
-    near = (own - lam.double()[..., None]).abs().argmin(-1)
+    lams = 0.5 * (bar / (1 - bar)).log().to(lam.device)
+    near = (lams - lam.double()[..., None]).abs().argmin(-1)
     return ((near + 1).double() / len(self)).to(lam.dtype)
 
 

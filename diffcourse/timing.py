@@ -78,8 +78,8 @@ def environment(
     name += f", {torch.get_num_threads()} thread(s)"
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    found = (torch, numpy, torch_fidelity)
-    versions = {m.__name__: m.__version__ for m in found}
+    modules = (torch, numpy, torch_fidelity)
+    versions = {m.__name__: m.__version__ for m in modules}
     versions["python"] = platform.python_version()
     return {"device": name, "versions": versions}
 

@@ -79,8 +79,8 @@ def tuned_two_stage(
                 for w in (0.0, 1.0)]
         moved, wanted = ends[1] - ends[0], road[-1] - ends[0]
         w = float((moved * wanted).sum() / moved.square().sum())
-        own = sample(den, shape, TwoStage(c, w), grid, seeds).x
-        error = float((own - road[-1]).square().mean())
+        end = sample(den, shape, TwoStage(c, w), grid, seeds).x
+        error = float((end - road[-1]).square().mean())
         if best is None or error < best[0]:
             best = error, TwoStage(c, w)
     return best[1]
@@ -164,8 +164,8 @@ def learned_multistep(
     x, slopes, rows = road[0], [], []
     for t, there in zip(times, road[1:]):
         each = dict(x=x, seeds=seeds)
-        own = sample(den, shape, _Look(), [t, times[-1]], **each).x
-        slopes = [own, *slopes][:past]
+        slope = sample(den, shape, _Look(), [t, times[-1]], **each).x
+        slopes = [slope, *slopes][:past]
         A = torch.stack([u.flatten() for u in slopes], 1).double()
         b = (there - x).flatten().double()
         rows.append(torch.linalg.lstsq(A, b).solution.tolist())
@@ -205,8 +205,8 @@ def optimised_grid(
     z = (times.diff() / times.diff()[-1]).log()[:-1]
     first = torch.cat([z[None], z + 0.5 * torch.eye(len(z))]).numpy()
     how = dict(maxfev=runs.whole("tried", tried), initial_simplex=first)
-    found = minimize(error, first[0], method="Nelder-Mead", options=how)
-    return _divided(found.x, *ends)  # on these noises never worse
+    best = minimize(error, first[0], method="Nelder-Mead", options=how)
+    return _divided(best.x, *ends)  # on these noises never worse
 
 # %% ../nbs/57_tuned.ipynb #3cfd3bea
 def _divided(z, a, b):  # from a to b, in steps like the softmax of z

@@ -57,8 +57,8 @@ def lost_classes(classes: Tensor, shares: Tensor) -> tuple:
 
 def class_error(classes: Tensor, shares: Tensor) -> float:
     "Total variation: the share that would have to change class."
-    own = classes.bincount(minlength=len(shares)).double()
-    return float((own / len(classes) - shares).abs().sum() / 2)
+    counts = classes.bincount(minlength=len(shares)).double()
+    return float((counts / len(classes) - shares).abs().sum() / 2)
 
 # %% ../nbs/59_yardstick.ipynb #677b04ea
 def weighted_fd(
@@ -81,11 +81,11 @@ def weighted_fd(
                 f"than {f.shape[1]}, 1,000 as a rule"
             )
     w = (weights / weights.sum()).double().numpy()
-    own = a.double().numpy()
-    stats = dict(mu=w @ own, sigma=np.cov(own.T, aweights=w))
+    cloud = a.double().numpy()
+    stats = dict(mu=w @ cloud, sigma=np.cov(cloud.T, aweights=w))
     other = tf.fid_features_to_statistics(b.double())
-    found = tf.fid_statistics_to_metric(stats, other, False)
-    return found[tf.KEY_METRIC_FID]
+    metrics = tf.fid_statistics_to_metric(stats, other, False)
+    return metrics[tf.KEY_METRIC_FID]
 
 # %% ../nbs/59_yardstick.ipynb #ef207dfe
 def fair_fd(
@@ -158,9 +158,10 @@ def precision_recall(
     "Source: Kynkäänniemi et al. (2019), equations 1 and 2, k = 3."
     from torch_fidelity import metric_prc as tf
 
-    found = tf.prc_features_to_metric(a.float(), b.float(),
-                                      verbose=False)
-    return found[tf.KEY_METRIC_PRECISION], found[tf.KEY_METRIC_RECALL]
+    metrics = tf.prc_features_to_metric(a.float(), b.float(),
+                                        verbose=False)
+    return (metrics[tf.KEY_METRIC_PRECISION],
+            metrics[tf.KEY_METRIC_RECALL])
 
 # %% ../nbs/59_yardstick.ipynb #a9df8f72
 class Yardstick:
@@ -192,9 +193,9 @@ def _floor(self, n: int = 1000) -> float:
     if n not in self._floors:
         order = [runs.rng(k, n).permutation(len(features))[:n]
                  for k in range(_DRAWS)]
-        found = [self.distance(features[r], classes[r])[0]
-                 for r in order]
-        self._floors[n] = statistics.mean(found)
+        distances = [self.distance(features[r], classes[r])[0]
+                     for r in order]
+        self._floors[n] = statistics.mean(distances)
     return self._floors[n]
 
 # %% ../nbs/59_yardstick.ipynb #4136f2af
@@ -256,9 +257,9 @@ def gaussian_a_class(n: int, seed: int, train=None) -> Tensor:
     counts = train.y.bincount(minlength=10).double().numpy()
     drawn, parts = rng.multinomial(n, counts / counts.sum()), []
     for c, k in enumerate(drawn):
-        own = train.x[train.y == c].flatten(1).numpy()
-        cov = np.cov(own.T) + 1e-4 * np.eye(own.shape[1])
-        parts.append(rng.multivariate_normal(own.mean(0), cov, k,
+        pixels = train.x[train.y == c].flatten(1).numpy()
+        cov = np.cov(pixels.T) + 1e-4 * np.eye(pixels.shape[1])
+        parts.append(rng.multivariate_normal(pixels.mean(0), cov, k,
                                              method="cholesky"))
     return _shuffled(np.concatenate(parts), seed, train)
 
