@@ -24,6 +24,7 @@ from .grids import logsnr, looked_up, quadratic, trailing
 from .grids import uniform
 from .paths import Path, Prediction
 from .paths import check_prediction, one_time, patch_to
+from .unet import check_condition
 
 # %% ../nbs/14_sampling.ipynb #12f6d928
 class Denoiser:
@@ -40,6 +41,7 @@ class Denoiser:
         net,  # net(x, t): x (B, …), t (B,) in [0, 1] -> like x
         path: Path,  # the path that it was trained on
         predicts: str,  # "eps", "x0", "v", "flow" or "score"
+        condition=None,  # what is asked: a whole number, or (B, …)
     ):
         if not callable(net) or not isinstance(path, Path):
             raise TypeError(
@@ -50,6 +52,7 @@ class Denoiser:
             )
         self.net, self.path = net, path
         self.predicts = check_prediction(predicts)
+        self.condition = condition
         self.nfe = 0
 
     def __repr__(self):
@@ -84,7 +87,7 @@ def __call__(
     t, t_each = _times(one_time(t), x)
     half, kind = self._half(), x.device.type
     with torch.autocast(kind, half) if half else nullcontext():
-        out = self.net(x.to(half or x.dtype), t_each)
+        out = self.net(x.to(half or x.dtype), t_each, **self.asked(x))
     if out.shape != x.shape:
         raise ValueError(
             f"the network made {tuple(out.shape)} of {tuple(x.shape)}: "
@@ -148,6 +151,27 @@ def flow(self, x: Tensor, t) -> Tensor:
 def score(self, x: Tensor, t) -> Tensor:
     "The predicted score."
     return self(x, t).score
+
+# %% ../nbs/14_sampling.ipynb #feb7b5a7
+@patch_to(Denoiser)
+def asked(
+    self,
+    x: Tensor,  # (B, …) states
+) -> dict:  # {"condition": (B, …)} for the network, or {}
+    """What the network is told beside the states and the times.
+
+    Raises: ValueError for another number of samples."""
+    c = self.condition
+    if c is None:
+        return {}
+    c = torch.as_tensor(c, device=x.device)
+    c = c.expand(len(x)) if c.ndim == 0 else c
+    if len(c) != len(x):
+        raise ValueError(
+            f"a condition for {len(c)} samples, and {len(x)} samples: "
+            "one each, or one whole number for all, is needed"
+        )
+    return {"condition": c}
 
 # %% ../nbs/14_sampling.ipynb #5e925974
 @patch_to(Denoiser)
@@ -264,6 +288,17 @@ def _evaluating(net):
 
 
 @contextmanager
+def _asking(den, condition, lo, hi):  # of the samples lo to hi
+    before = den.condition
+    if condition is not None:
+        den.condition = condition[lo:hi]
+    try:
+        yield
+    finally:
+        den.condition = before
+
+
+@contextmanager
 def _ready(den, times):  # for many steps
     path, weights = den.path, den._weights
     try:
@@ -275,7 +310,9 @@ def _ready(den, times):  # for many steps
         den.path, den._weights = path, weights
 
 # %% ../nbs/14_sampling.ipynb #2bc4f009
-def _in_batches(solve, den, shape, seeds, n, x, batch, progress):
+def _in_batches(
+    solve, den, shape, seeds, n, x, condition, batch, progress
+):
     "The states of all samples, and the evaluations for one of them."
     device, spent, cloud = den.device, [], isinstance(seeds, int)
 
@@ -287,7 +324,8 @@ def _in_batches(solve, den, shape, seeds, n, x, batch, progress):
         noise = Noise(own, hi - lo, shape, device)
         try:
             x_i = None if x is None else x[lo:hi].to(device)
-            states = solve(noise, x_i)
+            with _asking(den, condition, lo, hi):
+                states = solve(noise, x_i)
         except torch.OutOfMemoryError:
             den.nfe = before  # what failed is no evaluation
             raise
@@ -365,7 +403,7 @@ def _check_rule(den, solver, final, grid):
     return grid
 
 # %% ../nbs/14_sampling.ipynb #a9e9ad69
-def _check_shapes(seeds, n, x, shape, batch):
+def _check_shapes(seeds, n, x, shape, batch, condition):
     if not isinstance(shape, Sequence):
         raise TypeError(
             f"shape={shape!r}: that of one sample is needed, such as "
@@ -378,6 +416,11 @@ def _check_shapes(seeds, n, x, shape, batch):
     if x is not None and tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"x is {tuple(x.shape)}, shape says (n, *{tuple(shape)})"
+        )
+    if condition is not None and len(condition) != n:
+        raise ValueError(
+            f"a condition for {len(condition)} samples, and {n} samples:"
+            " one each, or one whole number for all, is needed"
         )
     if batch is None:
         return
@@ -396,6 +439,7 @@ def sample(
     seeds: int | Sequence[int] = 0,  # one a sample, or one for all
     n: int | None = None,  # samples, with one seed
     x: Tensor | None = None,  # (n, *shape) start, instead of noise
+    condition=None,  # asked of the network: one whole number, or (n, …)
     final: str = "stop",  # or "denoise": end with a predicted x0
     trajectory: bool = False,  # keep every state
     batch: int | None = None,  # samples at once; None: what fits
@@ -407,10 +451,15 @@ def sample(
     OutOfMemoryError when not even one sample fits into memory."""
     grid = _check_rule(den, solver, final, grid)
     n, seeds = _count(seeds, n, x)
-    _check_shapes(seeds, n, x, shape, batch)
+    if condition is not None:
+        condition = torch.as_tensor(condition)
+        if not condition.ndim:
+            condition = condition.expand(n)
+        check_condition(den.net, condition)
+    _check_shapes(seeds, n, x, shape, batch, condition)
     times, begin = grid.times(den.path), runs.clock(den.device)
     solve = partial(_solve, den, solver, times, final, trajectory)
-    how = shape, seeds, n, x, batch, progress
+    how = shape, seeds, n, x, condition, batch, progress
     with _ready(den, times):
         states, nfe = _in_batches(solve, den, *how)
     seconds = runs.clock(den.device) - begin
