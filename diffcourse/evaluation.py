@@ -254,7 +254,7 @@ def kid(
     """Kernel distance of all samples, and its bootstrap error.
 
     Raises: ValueError for fewer samples than features.
-    Source: Binkowski et al. (2018), section 4."""
+    Source: Bińkowski et al. (2018), section 4."""
     _check_features(a, b)
     a, b, r = a.double().cpu(), b.double().cpu(), runs.rng(seed)
     k = [

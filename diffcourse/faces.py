@@ -19,13 +19,13 @@ from .portraits import jitter, portrait, still
 
 # %% ../nbs/23_faces.ipynb #31ea7afb
 class FaceLaw:
-    """A joint law of attributes, as a table of conditional percents.
+    """A joint law of attributes, as a table of conditional percentages.
 
     Raises: ValueError for a row that does not fit."""
 
     def __init__(
         self,
-        table,  # name -> (values, parents, {parents' values: percents})
+        table,  # name -> (values, parents, {their values: percentages})
     ):
         self.table = table
         self.attributes = {k: tuple(v.split())
@@ -34,7 +34,7 @@ class FaceLaw:
                         for k, (_, p, _) in table.items()}
         self.factors = {k: self._factor(k) for k in table}
 
-    def _factor(self, name):  # (*parents, own) whole percents
+    def _factor(self, name):  # (*parents, own) whole percentages
         rows = {tuple(k.split()): [int(v) for v in row.split()]
                 for k, row in self.table[name][2].items()}
         given = [self.attributes[p] for p in self.parents[name]]
@@ -43,7 +43,7 @@ class FaceLaw:
         if any(len(r) != shape[-1] or sum(r) != 100 or min(r) < 0
                for r in found):
             raise ValueError(f"{name}: a row needs {shape[-1]} whole "
-                             f"percents that sum to 100")
+                             f"percentages that sum to 100")
         return np.array(found).reshape(shape)
 
 # %% ../nbs/23_faces.ipynb #600473b6

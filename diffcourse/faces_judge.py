@@ -62,7 +62,7 @@ def forward(self, x: Tensor) -> Tensor:  # -> (B, values of all)
     return self.out(self.features(x))
 
 # %% ../nbs/44_faces_judge.ipynb #18e65125
-EVEN = {  # about equal percents, by the number of values
+EVEN = {  # about equal percentages, by the number of values
     2: "50 50", 3: "34 33 33", 4: "40 20 20 20", 5: "20 20 20 20 20",
     6: "17 17 17 17 16 16"}
 BALD = {"bald": "100 0 0 0 0 0 0", "*": f"0 {EVEN[6]}"}

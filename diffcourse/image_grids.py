@@ -96,22 +96,15 @@ def grid(
     lines = -(-len(x) // columns)
     titles = _texts("titles", titles, len(x), columns)
     rows = _texts("rows", rows, lines)
-    halves = _texts("halves", halves, 2)
-    if halves and (columns % 2 or titles):
-        raise ValueError(f"halves need an even number of columns, not "
-                         f"{columns}, and no titles beside them")
+    halves = _halves(halves, columns, titles)
     width, gap = round(WIDTH * DPI), 7
     left = max((0.075 * len(text) + 0.12 for text in rows), default=0)
-    left = round(DPI * left)
-    above = max((1 + t.count("\n") for t in titles), default=0) * 22
-    tops = [above if i == 0 or len(titles) > columns else 0
-            for i in range(lines)]
-    tops[0] += (30 if title else 0) + (26 if halves else 0)
-    apart = 40 if halves else 0
+    left, apart = round(DPI * left), 40 if halves else 0
+    tops = _room(title, titles, halves, columns, lines)
     side = min((width - left - apart) / columns - gap, size * DPI)
     tiles = _tiles(x, max(4, side))
-    canvas, corners = _mosaic(tiles, columns, gap, width, left, tops,
-                              apart)
+    how = gap, width, left, tops, apart
+    canvas, corners = _mosaic(tiles, columns, *how)
     return _written(canvas, corners, tiles.shape[1:3], titles, rows,
                     columns, title, halves)
 
@@ -124,6 +117,21 @@ def _texts(name, texts, *fit):
             f"{' or '.join(str(n) for n in dict.fromkeys(fit))}")
     return texts
 
+def _halves(halves, columns, titles):
+    halves = _texts("halves", halves, 2)
+    if halves and (columns % 2 or titles):
+        raise ValueError(f"halves need an even number of columns, not "
+                         f"{columns}, and no titles beside them")
+    return halves
+
+def _room(title, titles, halves, columns, lines):  # above each row
+    above = max((1 + t.count("\n") for t in titles), default=0) * 22
+    tops = [above if i == 0 or len(titles) > columns else 0
+            for i in range(lines)]
+    tops[0] += (30 if title else 0) + (26 if halves else 0)
+    return tops
+
+# %% ../nbs/54_image_grids.ipynb #45a5487d
 def _written(canvas, corners, tile, titles, rows, columns, title,
              halves=()):
     import matplotlib.pyplot as plt

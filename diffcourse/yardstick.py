@@ -155,7 +155,7 @@ def precision_recall(
     a: Tensor,  # (n, d) features of samples
     b: Tensor,  # (m, d) features of the reference
 ) -> tuple[float, float]:
-    "Source: Kynkaanniemi et al. (2019), equations 1 and 2, k = 3."
+    "Source: Kynkäänniemi et al. (2019), equations 1 and 2, k = 3."
     from torch_fidelity import metric_prc as tf
 
     found = tf.prc_features_to_metric(a.float(), b.float(),

@@ -138,7 +138,7 @@ def test_a_line_on_long_work_of_several_batches(monkeypatch, each, n, progress, 
     assert seen == [*shown, "closed"]
 
 
-def test_the_line_in_a_notebook_is_one_output(monkeypatch):
+def test_the_line_in_a_notebook_is_one_output_and_is_wiped(monkeypatch):
     outputs = []
 
     class Handle:
@@ -157,7 +157,8 @@ def test_the_line_in_a_notebook_is_one_output(monkeypatch):
     in_batches(numbers, 40, 10, (1,), CPU)
     kinds, texts = zip(*outputs)
     assert kinds[0] == "new" and set(kinds[1:]) == {"update"}
-    assert texts[0] == "sample: 20/40" and texts[-1].startswith("sample: 40/40") and "loss" not in texts[-1]
+    assert texts[0] == "sample: 20/40" and texts[-2].startswith("sample: 40/40") and "loss" not in texts[-2]
+    assert texts[-1] == ""  # wiped at the end
 
 
 def net(x, t):

@@ -46,7 +46,7 @@ def test_possible_people_and_their_probabilities():
 
 
 def test_a_law_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="a: a row needs 2 whole percents that sum to 100"):
+    with pytest.raises(ValueError, match="a: a row needs 2 whole percentages that sum to 100"):
         FaceLaw({"a": ("x y", "", {"": "30 60"})})
     with pytest.raises(ValueError, match="a: a row needs 2"):
         FaceLaw({"a": ("x y", "", {"": "-30 130"})})
