@@ -24,6 +24,7 @@ from .images import preview
 from .progress import Progress, interruptible, say
 from .settings import Settings, autocast, choose
 from .settings import kernels, learning_rate
+from .sampling import asking
 from .unet import check_condition
 
 # %% ../nbs/15_training.ipynb #4277b73a
@@ -57,10 +58,14 @@ class _Method(nn.Module):  # network and loss as one module
         self.net, self.loss = net, loss
 
     def forward(self, x0, draw, condition=None):
-        net = self.net
+        net, told = self.net, contextlib.nullcontext()
         if condition is not None:
             net = functools.partial(net, condition=condition)
-        out = self.loss(net, x0, draw)
+            teacher = getattr(self.loss, "teacher", None)
+            if getattr(teacher, "takes_labels", False):
+                told = asking(teacher, condition)
+        with told:
+            out = self.loss(net, x0, draw)
         if out.shape != x0.shape[:1]:
             raise ValueError(
                 f"the loss returned shape {tuple(out.shape)} for "

@@ -182,7 +182,8 @@ class Labels(nn.Module):
         super().__init__()
         self.counts = tuple(counts)
         self.tables = nn.ModuleList(
-            zero(nn.Embedding(n + 1, width)) for n in self.counts
+            nn.Embedding(n + 1, width, padding_idx=0)  # 0: not said
+            for n in self.counts
         )
 
     def forward(
