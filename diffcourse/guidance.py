@@ -12,14 +12,16 @@ from torch import Tensor
 from .paths import Prediction, expand, one_time, patch_to
 from .sampling import Denoiser
 
-# %% ../nbs/09_guidance.ipynb #33a42d7a
+# %% ../nbs/09_guidance.ipynb #527afb0f
 class Guided(Denoiser):
     """Classifier-free guidance: what is asked, and further that way.
 
     Raises: TypeError, ValueError for what is no denoiser, scale or
     interval; ValueError where nothing is asked.
     Source: Ho and Salimans (2022), equation 6, with w one larger;
-    Kynkäänniemi et al. (2024) for the interval."""
+    Kynkäänniemi et al. (2024), the interval; Lin et al. (2024),
+    section 3.4, and Saharia et al. (2022), section 2.3, the last two,
+    here both of the guess of the image."""
 
     def __init__(
         self,
@@ -27,14 +29,17 @@ class Guided(Denoiser):
         scale: float,  # 0: nothing asked, 1: the condition alone
         interval: tuple = (0.0, 1.0),  # of the times that are guided
         without=-1,  # what to go away from; -1: where nothing is said
+        rescale: float = 0.0,  # 1: the guess as wide as it was asked
+        threshold: float = 1.0,  # share of its pixels kept in range
     ):
-        _check_guided(den, scale, interval)
+        _check_guided(den, scale, interval, rescale, threshold)
         super().__init__(den.net, den.path, den.predicts, den.condition)
         self.scale, self.interval = float(scale), tuple(interval)
         self.without = without
+        self.rescale, self.threshold = rescale, threshold
 
-# %% ../nbs/09_guidance.ipynb #ead4f3e5
-def _check_guided(den, scale, interval):
+# %% ../nbs/09_guidance.ipynb #4a8ba07e
+def _check_guided(den, scale, interval, rescale, threshold):
     if not isinstance(den, Denoiser):
         raise TypeError(
             f"den is {type(den).__name__}: a Denoiser is needed, whose "
@@ -49,8 +54,13 @@ def _check_guided(den, scale, interval):
         raise ValueError(
             f"interval={interval}: 0 <= from < to <= 1 is needed"
         )
+    if not (0 <= rescale <= 1 and 0 < threshold <= 1):
+        raise ValueError(
+            f"rescale={rescale}, threshold={threshold}: 0 to 1 are "
+            "allowed, and a threshold above 0 (1: none)"
+        )
 
-# %% ../nbs/09_guidance.ipynb #53af23ed
+# %% ../nbs/09_guidance.ipynb #1d8eeee1
 @patch_to(Guided)
 def __call__(self, x: Tensor, t) -> Prediction:
     "Evaluate the network for both questions, as one batch."
@@ -69,8 +79,9 @@ def __call__(self, x: Tensor, t) -> Prediction:
     asked, plain = self._both(x, each, told, silent.expand_as(told))
     w = torch.where(inside.to(x.device), self.scale, 1.0).to(x.dtype)
     w = expand(w, x) if w.ndim else w
-    out = plain + w * (asked - plain)
-    return Prediction(x, t, out, self.predicts, self.path)
+    told, out = (Prediction(x, t, o, self.predicts, self.path)
+                 for o in (asked, plain + w * (asked - plain)))
+    return self._tamed(out, told)
 
 # %% ../nbs/09_guidance.ipynb #8ab5aa8c
 @patch_to(Guided)
@@ -82,3 +93,20 @@ def _both(self, x, t, told, silent):  # -> the two answers
         self.condition = before
     self.nfe += 1
     return out.out.chunk(2)
+
+# %% ../nbs/09_guidance.ipynb #c0fdee95
+@patch_to(Guided)
+def _tamed(self, guess, told):  # the guess of the image, held back
+    last = float(torch.as_tensor(guess.t).min()) == 0
+    if last or (self.rescale == 0 and self.threshold == 1):
+        return guess
+    x0, dims = guess.x0, tuple(range(1, guess.x.ndim))
+    if self.rescale:
+        ratio = told.x0.std(dims, keepdim=True)
+        ratio = ratio / x0.std(dims, keepdim=True).clamp(min=1e-12)
+        x0 = x0 * (1 + self.rescale * (ratio - 1))
+    if self.threshold < 1:
+        size = x0.flatten(1).abs().quantile(self.threshold, dim=1)
+        size = expand(size.clamp(min=1), x0)
+        x0 = x0.clamp(-size, size) / size
+    return Prediction(guess.x, guess.t, x0, "x0", self.path)

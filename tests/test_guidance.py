@@ -295,3 +295,44 @@ def test_bad_labels_of_a_training():
     for chance in ({"drop": -0.1}, {"drop": 1.5}, {"hide": float("nan")}):
         with pytest.raises(ValueError, match="chances from 0 to 1"):
             train(unet(), labels=y, **chance)
+
+
+# held back
+
+
+def wild(n=6):  # answers far outside the range of images
+    x = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    told, silent = (torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(k)) * 0.5 for k in (3, 4))
+    return Denoiser(lambda y, t, condition: torch.cat([told, silent]), Linear(), "x0", condition=0), x, told, silent
+
+
+def test_rescaling_gives_back_the_spread():
+    den, x, told, silent = wild()
+    whole, half = (Guided(den, 6.0, rescale=r)(x, 0.5).x0 for r in (1.0, 0.5))
+    free = silent + 6 * (told - silent)
+    assert torch.allclose(whole.std((1, 2, 3)), told.std((1, 2, 3)), atol=1e-5)
+    assert torch.allclose(half, (free + whole) / 2, atol=1e-5)
+
+
+def test_a_threshold_keeps_its_share_of_pixels():
+    den, x, told, silent = wild()
+    kept = Guided(den, 6.0, threshold=0.9)(x, 0.5).x0
+    free = silent + 6 * (told - silent)
+    size = free.abs().flatten(1).quantile(0.9, dim=1).view(-1, 1, 1, 1)
+    assert (size > 1).all() and kept.abs().max() <= 1
+    inside = free.abs() <= size
+    assert torch.allclose(kept[inside], (free / size)[inside], atol=1e-6)
+    assert inside.double().mean() == pytest.approx(0.9, abs=0.02)
+
+
+def test_what_is_in_range_is_left_alone():
+    den, x, told, silent = wild()
+    small = Denoiser(lambda y, t, condition: 0.05 * den.net(y, t, condition), Linear(), "x0", condition=0)
+    free, kept = (Guided(small, 2.0, threshold=q)(x, 0.5).x0 for q in (1.0, 0.995))
+    assert torch.equal(free, kept)
+
+
+@pytest.mark.parametrize("bad", [{"rescale": -0.1}, {"rescale": 1.1}, {"threshold": 0.0}, {"threshold": 1.5}, {"rescale": float("nan")}])
+def test_bad_taming(bad):
+    with pytest.raises(ValueError, match="0 to 1 are allowed"):
+        Guided(heaps(), 2.0, **bad)
