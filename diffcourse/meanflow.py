@@ -119,7 +119,7 @@ class MeanFlow(Solver):
                 "needs an average velocity, predicts='flow'"
             )
         now, then = (x.new_full((len(x),), u) for u in (t, s))
-        u = den.net(x, now, then)
+        u = den.net(x, now, then, **den.asked(x))
         if u.shape != x.shape:
             raise ValueError(
                 f"the network made {tuple(u.shape)} of "

@@ -17,18 +17,20 @@ from torch import nn
 from . import checkpoints, runs
 from .averages import EMA
 from .data import Samples, as_data
-from .draws import DROPOUT, Draws, flip, plan
+from .draws import DROPOUT, Draws, flip, plan, said
 from .fast import compiled
 from .identity import fingerprint, identify
 from .images import preview
 from .progress import Progress, interruptible, say
 from .settings import Settings, autocast, choose
 from .settings import kernels, learning_rate
+from .sampling import asking
+from .unet import check_condition
 
 # %% ../nbs/15_training.ipynb #4277b73a
 class _State:  # a training at one moment: what must survive a kill
-    def __init__(self, net, s, folder):
-        self.net, self.s = net, s
+    def __init__(self, net, s, folder, labels=None):
+        self.net, self.s, self.labels = net, s, labels
         self.ema = EMA(net, s.ema, s.ema_kind)
         self.folder, self.file = folder, folder / "state.safetensors"
         how = {"fused": True} if s.fused else {"foreach": True}
@@ -55,8 +57,15 @@ class _Method(nn.Module):  # network and loss as one module
         super().__init__()
         self.net, self.loss = net, loss
 
-    def forward(self, x0, draw):
-        out = self.loss(self.net, x0, draw)
+    def forward(self, x0, draw, condition=None):
+        net, told = self.net, contextlib.nullcontext()
+        if condition is not None:
+            net = functools.partial(net, condition=condition)
+            teacher = getattr(self.loss, "teacher", None)
+            if getattr(teacher, "takes_labels", False):
+                told = asking(teacher, condition)
+        with told:
+            out = self.loss(net, x0, draw)
         if out.shape != x0.shape[:1]:
             raise ValueError(
                 f"the loss returned shape {tuple(out.shape)} for "
@@ -85,11 +94,15 @@ def _gradient(method, x, flips, state, acc):  # -> mean loss
         if flips:
             part = flip(part, s.seed, step, s.batch, lo)
         draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
+        told = {}
+        if state.labels is not None:
+            told = said(*state.labels, s.seed, step, s.batch)
+            told = {"condition": told[lo : lo + size].to(part.device)}
         key = runs.rng(s.seed, DROPOUT, step, lo)
         _seed_dropout(int(key.integers(2**32)), part.device)
         with acc.accumulate(method):
             with autocast(s, acc.device):  # the way back follows
-                value = method(part, draw)
+                value = method(part, draw, **told)
             acc.backward(state.scaler.scale(value))
         total = total + value.detach().float() / s.accumulate
     return total
@@ -234,7 +247,7 @@ _STOPPED = (
 
 # %% ../nbs/15_training.ipynb #467ff14c
 def run_identity(
-    loss, net, data, s: Settings
+    loss, net, data, s: Settings, labels=None
 ) -> tuple[str, dict]:  # name, description
     """The name of a training: equal when all that shapes it is.
 
@@ -242,6 +255,8 @@ def run_identity(
     settings = json.loads(json.dumps(dataclasses.asdict(s)))
     content = {"name": getattr(data, "name", ""), "hash": data.hash,
                "flip": _flips(data)}
+    if labels is not None:
+        content["said"] = [fingerprint(labels[0]), *labels[1:]]
     loop = [_iterate, plan]  # the code around the loss
     if type(data).__module__.partition(".")[0] != "diffcourse":
         loop += [type(data)]  # how a batch of one's own is made
@@ -330,6 +345,30 @@ def _check_weights(net):
             "bfloat16 and keeps the weights in float32"
         )
 
+# %% ../nbs/15_training.ipynb #60b8d84a
+def _check_labels(labels, drop, hide, net, n):
+    wanted = getattr(net, "labels", None) is not None
+    if wanted != (labels is not None):
+        raise ValueError(
+            "this network takes labels, and none came: labels=images.y"
+            if wanted else "labels came for a network that takes none: "
+            "build it with classes= or attributes="
+        )
+    if labels is None:
+        return None
+    labels = torch.as_tensor(labels).cpu()
+    if labels.is_floating_point() or len(labels) != n:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)} {labels.dtype} for {n} "
+            "images: whole numbers, one row an image, are needed"
+        )
+    if not (0 <= drop <= 1 and 0 <= hide <= 1):
+        raise ValueError(
+            f"drop={drop}, hide={hide}: chances from 0 to 1 are needed"
+        )
+    check_condition(net, labels)
+    return labels.long(), float(drop), float(hide)
+
 # %% ../nbs/15_training.ipynb #33b2119a
 def _check_watch(how):
     how.every = runs.whole("every", how.every, 0)
@@ -346,13 +385,13 @@ def _check_watch(how):
         )
 
 # %% ../nbs/15_training.ipynb #eef230ed
-def _open(run, loss, net, data, s, acc):  # -> state at 0
-    identity, what = run_identity(loss, net, data, s)
+def _open(run, loss, net, data, s, acc, labels):  # -> state at 0
+    identity, what = run_identity(loss, net, data, s, labels)
     about = checkpoints.about(loss, net)  # fails here, if it fails
     folder = runs.home() / "runs" / runs.run_name(run) / identity
     form = torch.channels_last if s.channels_last else None
     net.to(acc.device, **({"memory_format": form} if form else {}))
-    state = _State(net, s, folder)
+    state = _State(net, s, folder, labels)
     state.about = about
     state.what = {"run": run, "identity": identity, **about, **what}
     state.what["torch"] = torch.__version__
@@ -457,6 +496,9 @@ def fit(
     every: int = 0,  # iterations between two looks at the network
     callback=None,  # (step, averaged net) -> to keep; None: preview
     keep_every: int = 0,  # iterations between two numbered weights
+    labels=None,  # (n,) or (n, labels): what the network is told
+    drop: float = 0.1,  # chance that of an image nothing is said
+    hide: float = 0.0,  # chance that one label alone is not said
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
     accelerator=None,  # yours, if you have one
@@ -468,20 +510,22 @@ def fit(
     TypeError for what cannot be described; FloatingPointError when
     the loss is not a number; OSError when a state cannot be written;
     KeyboardInterrupt after Ctrl-C, with the state saved."""
-    how = _How(every, callback, keep_every, save_every)
     s, data, acc = _prepare(steps, settings, data, accelerator)
     _check_net(loss, net, start)
+    labels = _check_labels(labels, drop, hide, net, len(data))
+    how = _How(every, callback, keep_every, save_every, labels)
     plain = torch.autocast(acc.device.type, enabled=False)
     with plain, torch.inference_mode(False), torch.enable_grad():
         return _fit(loss, net, data, run, s, acc, fresh, how)
 
 # %% ../nbs/15_training.ipynb #57229bc1
 @dataclass
-class _How:  # what shapes no weight
+class _How:  # what is beside loss, network, data and settings
     every: int
     callback: object
     keep_every: int
     save_every: float | None
+    labels: tuple | None = None  # with the chances of leaving out
     look: object = None  # a preview, where there is no callback
 
     def __post_init__(self):
@@ -491,7 +535,7 @@ class _How:  # what shapes no weight
 def _fit(loss, net, data, run, s, acc, fresh, how):
     progress = Progress(run, s.steps)
     tell = functools.partial(say, progress)
-    state = _open(run, loss, net, data, s, acc)
+    state = _open(run, loss, net, data, s, acc, how.labels)
     state.watcher = _name_of(how)
     shape = tuple(getattr(data, "shape", ()))
     if how.every and not how.callback and len(shape) == 3:
