@@ -250,7 +250,7 @@ add("7.6", gaussian_average, states_of_a_peak, {
         / _std(s)(t) ** 2 * (x - (1 - t) * m),
 })
 
-# %% ../nbs/77_answers_7.ipynb #175c9891
+# %% ../nbs/77_answers_7.ipynb #44850407
 add("7.7", "worse", wrong={
     "better": "That is the curve of the figure, for data of std 0.4. "
     "Work out the one-step mean for std 1 first: how much is left to "
@@ -266,3 +266,65 @@ def mean_of_ends(n, m=0.7, s=1.0):  # of samples, in n even steps
         step = _std(s)(t) / _std(s)(r) * (mean - (1 - r) * m)
         mean = 2 * mean - (1 - t) * m - step
     return float(mean)
+
+
+def landed(net, x, t, r):
+    y, one = x, torch.ones_like(x)
+    for _ in range(7):
+        u, slope = jvp(lambda a: net(a, t, r), (y,), (one,))
+        off = y + (t - r) * u - x
+        y = y - off / (1 + (t - r) * slope)
+    return y
+
+# %% ../nbs/77_answers_7.ipynb #f18360a8
+def of_a_peak(y, t, r):  # exact at the data end: N(0.7, 0.4^2)
+    ratio = _std(0.4)(t) / _std(0.4)(r)
+    up = (1 - t) * 0.7 + ratio * (y - (1 - r) * 0.7)
+    return (up - y) / (t - r)
+
+
+def bent(y, t, r):
+    return (1 + t / 4) * torch.tanh(y - 0.3) + 0.2 * r
+
+
+def far_ends():
+    x = torch.linspace(-1.5, 1.5, 7).double()[:, None]
+    return [(of_a_peak, x, 1.0, 0.0), (bent, x, 1.0, 0.0),
+            (bent, x, 0.9, 0.4)]
+
+
+def _again(n, x, t, r):  # put in over and over
+    y = x
+    for _ in range(7):
+        y = x - (t - r) * n(y, t, r)
+    return y
+
+# %% ../nbs/77_answers_7.ipynb #8b286c98
+def _newton(n, x, t, r, rounds=7, sign=1.0):
+    y, one = x, torch.ones_like(x)
+    for _ in range(rounds):
+        u, slope = jvp(lambda a: n(a, t, r), (y,), (one,))
+        off = y + sign * (t - r) * u - x
+        y = y - off / (1 + sign * (t - r) * slope)
+    return y
+
+
+add("7.8", landed, far_ends, {
+    "This is the faulty step itself: the network is asked about x, "
+    "which lies at the other end.":
+        lambda n, x, t, r: x - (t - r) * n(x, t, r),
+    "You put the answer in over and over. That settles only where the "
+    "step is flatter than the line y = x: is it, for the narrow "
+    "peak?": _again,
+    "One round is enough for a straight line, and the second network "
+    "is bent. When may you stop?":
+        lambda n, x, t, r: _newton(n, x, t, r, 1),
+    "The two times are exchanged in the call. The state changed its "
+    "end, but did the order net(x, t, r) change?":
+        lambda n, x, t, r: _newton(lambda y, *_: n(y, r, t), x, t, r),
+    "That is the velocity of the step. Where does the step end?":
+        lambda n, x, t, r: (x - _newton(n, x, t, r)) / (t - r),
+    "You solved for the point that reaches x from the other side. Does "
+    "the average velocity lead from y to x, or from x to y, as t "
+    "grows?": lambda n, x, t, r: _newton(n, x, t, r, sign=-1.0),
+})
