@@ -57,9 +57,11 @@ class Denoiser:
             self.condition = condition
         self.nfe = 0
 
-    def __repr__(self):
-        net = type(self.net).__name__
-        return f"Denoiser({net}, {self.path}, {self.predicts!r})"
+# %% ../nbs/14_sampling.ipynb #2ff68bad
+@patch_to(Denoiser)
+def __repr__(self):
+    net = type(self.net).__name__
+    return f"Denoiser({net}, {self.path}, {self.predicts!r})"
 
 # %% ../nbs/14_sampling.ipynb #e6e6cff3
 def _times(t, x):  # -> t where x lives, and one time a sample
@@ -299,6 +301,18 @@ def _evaluating(net):
 
 
 @contextmanager
+def _ready(den, times):  # for many steps
+    path, weights = den.path, den._weights
+    try:
+        with _evaluating(den.net) as parts:
+            den._weights = (_half_type(parts),)
+            den.path = looked_up(path, times)
+            yield
+    finally:
+        den.path, den._weights = path, weights
+
+# %% ../nbs/14_sampling.ipynb #1835458c
+@contextmanager
 def asking(
     den: Denoiser,
     condition,  # (B, …), or None: what the denoiser asks as it is
@@ -313,18 +327,6 @@ def asking(
         vars(den).pop("condition", None)
         if "condition" in before:
             den.condition = before["condition"]
-
-
-@contextmanager
-def _ready(den, times):  # for many steps
-    path, weights = den.path, den._weights
-    try:
-        with _evaluating(den.net) as parts:
-            den._weights = (_half_type(parts),)
-            den.path = looked_up(path, times)
-            yield
-    finally:
-        den.path, den._weights = path, weights
 
 # %% ../nbs/14_sampling.ipynb #2bc4f009
 def _in_batches(
@@ -354,7 +356,7 @@ def _in_batches(
     parts = in_batches(make, n, size, shape, device, progress)
     return torch.cat(parts, 1), max(spent)
 
-
+# %% ../nbs/14_sampling.ipynb #e7de6821
 _ONE_CLOUD = (
     "{n} samples of one seed do not fit into memory at once, and their "
     "noise cannot be divided: give each a seed, seeds=range({n})"
@@ -437,8 +439,8 @@ def _check_shapes(seeds, n, x, shape, batch, condition):
         )
     if condition is not None and len(condition) != n:
         raise ValueError(
-            f"a condition for {len(condition)} samples, and {n} samples:"
-            " one each, or one whole number for all, is needed"
+            f"a condition for {len(condition)} samples, and {n} "
+            "samples: one each, or one whole number for all, is needed"
         )
     if batch is None:
         return
@@ -465,21 +467,25 @@ def sample(
 ) -> Samples:
     """Solve from noise to data; sample j depends on seeds[j] alone.
 
-    Raises: ValueError, TypeError for what does not fit together;
-    OutOfMemoryError when not even one sample fits into memory."""
+    Raises: ValueError, TypeError; OutOfMemoryError if none fits."""
     grid = _check_rule(den, solver, final, grid)
     n, seeds = _count(seeds, n, x)
-    if condition is not None:
-        condition = torch.as_tensor(condition)
-        if not condition.ndim:
-            condition = condition.expand(n)
-        check_condition(den.net, condition)
+    condition = _one_each(condition, n, den.net)
     _check_shapes(seeds, n, x, shape, batch, condition)
     times, begin = grid.times(den.path), runs.clock(den.device)
     solve = partial(_solve, den, solver, times, final, trajectory)
-    how = shape, seeds, n, x, condition, batch, progress
     with _ready(den, times):
-        states, nfe = _in_batches(solve, den, *how)
-    seconds = runs.clock(den.device) - begin
-    all_states = states if trajectory else None
-    return Samples(states[-1], nfe, seconds, times, all_states)
+        states, nfe = _in_batches(
+            solve, den, shape, seeds, n, x, condition, batch, progress)
+    return Samples(states[-1], nfe, runs.clock(den.device) - begin,
+                   times, states if trajectory else None)
+
+# %% ../nbs/14_sampling.ipynb #ab30c34d
+def _one_each(condition, n, net):  # of one for all, one a sample
+    if condition is None:
+        return None
+    condition = torch.as_tensor(condition)
+    if not condition.ndim:
+        condition = condition.expand(n)
+    check_condition(net, condition)
+    return condition

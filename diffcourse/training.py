@@ -17,7 +17,7 @@ from torch import nn
 from . import checkpoints, runs
 from .averages import EMA
 from .data import Samples, as_data
-from .draws import DROPOUT, Draws, flip, plan, said
+from .draws import DROPOUT, Draws, flip, plan, told_labels
 from .fast import compiled
 from .identity import fingerprint, identify
 from .images import preview
@@ -96,7 +96,7 @@ def _gradient(method, x, flips, state, acc):  # -> mean loss
         draw = Draws(s.seed, step, s.batch, lo, lo + size, part)
         told = {}
         if state.labels is not None:
-            told = said(*state.labels, s.seed, step, s.batch)
+            told = told_labels(*state.labels, s.seed, step, s.batch)
             told = {"condition": told[lo : lo + size].to(part.device)}
         key = runs.rng(s.seed, DROPOUT, step, lo)
         _seed_dropout(int(key.integers(2**32)), part.device)
@@ -497,8 +497,7 @@ def fit(
     callback=None,  # (step, averaged net) -> to keep; None: preview
     keep_every: int = 0,  # iterations between two numbered weights
     labels=None,  # (n,) or (n, labels): what the network is told
-    drop: float = 0.1,  # chance that of an image nothing is said
-    hide: float = 0.0,  # chance that one label alone is not said
+    drop: float = 0.1, hide: float = 0.0,  # chances: all, one unsaid
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
     accelerator=None,  # yours, if you have one
@@ -506,17 +505,22 @@ def fit(
 ) -> Fit:
     """Train, or go on, or fetch the result: whatever is left to do.
 
-    Raises: ValueError for settings, network or data that do not fit;
-    TypeError for what cannot be described; FloatingPointError when
-    the loss is not a number; OSError when a state cannot be written;
-    KeyboardInterrupt after Ctrl-C, with the state saved."""
+    Raises: ValueError, TypeError for what does not fit; OSError, when a
+    state is not written; FloatingPointError, when the loss is not
+    finite; KeyboardInterrupt after Ctrl-C, with the state saved."""
     s, data, acc = _prepare(steps, settings, data, accelerator)
     _check_net(loss, net, start)
-    labels = _check_labels(labels, drop, hide, net, len(data))
-    how = _How(every, callback, keep_every, save_every, labels)
-    plain = torch.autocast(acc.device.type, enabled=False)
-    with plain, torch.inference_mode(False), torch.enable_grad():
+    told = _check_labels(labels, drop, hide, net, len(data))
+    how = _How(every, callback, keep_every, save_every, told)
+    with _learning(acc.device):
         return _fit(loss, net, data, run, s, acc, fresh, how)
+
+# %% ../nbs/15_training.ipynb #4943231f
+@contextlib.contextmanager
+def _learning(device):  # whatever the caller switched on or off
+    plain = torch.autocast(device.type, enabled=False)
+    with plain, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 # %% ../nbs/15_training.ipynb #57229bc1
 @dataclass

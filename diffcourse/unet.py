@@ -192,19 +192,23 @@ class Labels(nn.Module):
         n: int,  # images
     ):  # -> (n, width)
         if condition is None:  # nothing is said of any image
-            weight = self.tables[0].weight
-            condition = weight.new_full((n, 1), -1, dtype=torch.long)
-            condition = condition.expand(n, len(self.counts))
+            shape = n, len(self.counts)
+            device = self.tables[0].weight.device
+            condition = torch.full(shape, -1, device=device)
         c = condition[:, None] if condition.ndim == 1 else condition
-        if c.shape != (n, len(self.counts)) or c.is_floating_point():
-            raise ValueError(
-                f"condition has shape {tuple(condition.shape)} and type "
-                f"{condition.dtype}: whole numbers, ({n}, "
-                f"{len(self.counts)}), are needed, -1 for what is not "
-                "said"
-            )
+        _check_told(c, n, len(self.counts))
         rows = zip(self.tables, c.long().unbind(1))
         return sum(table(at + 1) for table, at in rows)
+
+# %% ../nbs/13_unet.ipynb #8523edc8
+def _check_told(condition, n, labels):
+    if (condition.shape != (n, labels)
+            or condition.is_floating_point()):
+        raise ValueError(
+            f"condition has shape {tuple(condition.shape)} and type "
+            f"{condition.dtype}: whole numbers, ({n}, {labels}), are "
+            "needed, -1 for what is not said"
+        )
 
 # %% ../nbs/13_unet.ipynb #1705206d
 def check_condition(
@@ -299,6 +303,10 @@ def _check_config(c):
     ):
         if not fine:
             raise ValueError(f"{k}={c.get(k)}: expected {expected}")
+    return _check_attention(c)
+
+# %% ../nbs/13_unet.ipynb #9958d6b5
+def _check_attention(c):  # -> the sizes of the levels
     sizes = resolutions(c["size"], c["mults"], c["patch"])
     if c["attention"] is None:
         c["attention"] = sizes[-1:]
@@ -361,13 +369,17 @@ def _build(
         take = [skips.pop() for _ in range(blocks + 1)]
         net.up.append(Up(c, base * m, take, i == 0, **block(res)))
         c = base * m
-    out = zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
-    whole = nn.PixelShuffle(patch)  # squares laid out again
-    net.last = nn.Sequential(Norm(c), nn.SiLU(), out, whole)
+    net.last = _last(c, channels, patch)
     if second_time:
         net.interval = TimeEmbedding(base, emb, max_frequency)
         zero(net.interval.linear2)
     net.labels = Labels(_labels(labels), emb) if labels else None
+
+# %% ../nbs/13_unet.ipynb #e79159f8
+def _last(width, channels, patch):  # squares laid out as pixels again
+    out = zero(nn.Conv2d(width, channels * patch**2, 3, padding=1))
+    pixels = nn.PixelShuffle(patch)
+    return nn.Sequential(Norm(width), nn.SiLU(), out, pixels)
 
 # %% ../nbs/13_unet.ipynb #563b8e58
 class _Levels(nn.Module):  # how the network runs
@@ -396,7 +408,7 @@ class _Levels(nn.Module):  # how the network runs
             x = level(x, emb, skips)
         return self.last(x)
 
-
+# %% ../nbs/13_unet.ipynb #ffdd4319
 _ASKED = (
     "this network takes no condition: build it with classes= or "
     "attributes=, and train it with labels="

@@ -8,7 +8,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 import diffcourse as dc
-from diffcourse.draws import batch_indices, said
+from diffcourse.draws import batch_indices, told_labels
 from diffcourse.flow_matching import FlowMatching
 from diffcourse.guidance import Guided
 from diffcourse.distill import Distillation
@@ -219,19 +219,19 @@ def test_bad_labels_of_a_network(bad):
 
 def test_labels_are_left_out_as_often_as_asked():
     labels = torch.arange(1, 7).repeat(5000, 1)[:, :3]
-    told = torch.cat([said(labels, 0.1, 0.2, 0, k, 512) for k in range(40)])
+    told = torch.cat([told_labels(labels, 0.1, 0.2, 0, k, 512) for k in range(40)])
     silent = (told == -1).double()
     assert float(silent.mean(1).eq(1).double().mean()) == pytest.approx(0.1 + 0.9 * 0.2**3, abs=0.01)
     assert float(silent.mean()) == pytest.approx(0.1 + 0.9 * 0.2, abs=0.01)
-    assert torch.equal(said(labels, 0.1, 0.2, 0, 3, 512), said(labels, 0.1, 0.2, 0, 3, 512))
-    assert not torch.equal(said(labels, 0.1, 0.2, 0, 3, 512), said(labels, 0.1, 0.2, 1, 3, 512))
+    assert torch.equal(told_labels(labels, 0.1, 0.2, 0, 3, 512), told_labels(labels, 0.1, 0.2, 0, 3, 512))
+    assert not torch.equal(told_labels(labels, 0.1, 0.2, 0, 3, 512), told_labels(labels, 0.1, 0.2, 1, 3, 512))
 
 
 def test_labels_go_with_their_images():
     labels = torch.arange(50)
     rows = batch_indices(7, 2, 16, 50)
-    assert torch.equal(said(labels, 0.0, 0.0, 7, 2, 16), labels[torch.from_numpy(rows)])
-    assert (said(labels, 1.0, 0.0, 7, 2, 16) == -1).all()
+    assert torch.equal(told_labels(labels, 0.0, 0.0, 7, 2, 16), labels[torch.from_numpy(rows)])
+    assert (told_labels(labels, 1.0, 0.0, 7, 2, 16) == -1).all()
 
 
 def test_a_network_learns_what_its_labels_mean():
