@@ -19,7 +19,7 @@ def draws_2(seed, *shape):
     return torch.randn(*shape, generator=g, dtype=FLOAT64)
 
 
-def chain_2(n, last=0.1):  # betas, and the products abar
+def chain_2(n, last=0.1):  # betas, and their running products
     beta = torch.linspace(1e-4, last, n, dtype=FLOAT64)
     return beta, (1 - beta).cumprod(0)
 

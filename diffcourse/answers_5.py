@@ -181,11 +181,17 @@ def _ratio_heun_asking(first, second, last=lambda a, b: b, at=1):
 
     return step
 
+# %% ../nbs/75_answers_5.ipynb #461acbca
+def _one(a, b):
+    return 1
 
-_one, _start = (lambda a, b: 1), (lambda a, b: a)
+
+def _start(a, b):
+    return a
 
 
-_end = lambda a, b: b
+def _end(a, b):
+    return b
 
 # %% ../nbs/75_answers_5.ipynb #e1c9b185
 add("5.4", ratio_heun, guessed_noises, {

@@ -181,20 +181,18 @@ class Labels(nn.Module):
     ):
         super().__init__()
         self.counts = tuple(counts)
-        self.tables = nn.ModuleList(
-            nn.Embedding(n + 1, width, padding_idx=0)  # 0: not said
-            for n in self.counts
-        )
+        self.tables = nn.ModuleList(  # row 0: nothing is said
+            nn.Embedding(n + 1, width, padding_idx=0) for n in counts)
 
     def forward(
         self,
-        condition,  # (n, labels), or (n,) for one; -1: not said; or None
+        condition,  # (n, labels), (n,) for one, or None; -1: not said
         n: int,  # images
     ):  # -> (n, width)
         if condition is None:  # nothing is said of any image
-            shape = n, len(self.counts)
             device = self.tables[0].weight.device
-            condition = torch.full(shape, -1, device=device)
+            condition = torch.full(
+                (n, len(self.counts)), -1, device=device)
         c = condition[:, None] if condition.ndim == 1 else condition
         _check_told(c, n, len(self.counts))
         rows = zip(self.tables, c.long().unbind(1))
@@ -418,8 +416,7 @@ _ASKED = (
 class UNet(_Levels):
     """Residual blocks and attention over several resolutions.
 
-    Raises: ValueError for settings or inputs that do not fit.
-    Source: Ronneberger 2015, Ho 2020, Nichol and Dhariwal 2021."""
+    Raises: ValueError. Ronneberger 2015, Nichol and Dhariwal 2021."""
 
     def __init__(
         self,

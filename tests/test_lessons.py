@@ -28,7 +28,8 @@ def lines(cell):
 
 def seen(cell):
     directives = re.findall(r"^#\|\s*(\S+)", "".join(cell["source"]), re.MULTILINE)
-    return not {"hide", "default_exp"} & {*directives} and not any("hide" in tag for tag in cell["metadata"].get("tags", []))
+    folded = any("hide" in tag or tag == "solution" for tag in cell["metadata"].get("tags", []))
+    return not {"hide", "default_exp"} & {*directives} and not folded
 
 
 def by_hand(chapter):

@@ -16,6 +16,7 @@ NOTEBOOKS = sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("book/*.ipynb")])
 GROUPS = {"page": sorted([*ROOT.glob("[CR]*.md"), *ROOT.glob("book/*.md")]), "markdown": NOTEBOOKS, "code": NOTEBOOKS}
 TITLED = re.compile(r"\{(?:doc|term)\}`([^`<]*)(<[^`]*)?`")  # roles whose text is prose
 NO_PROSE = [re.compile(pattern) for pattern in (
+    r"(?m)^ *`{4,}(\{[\w-]+\})?|^:\w+:.*$",  # around prose, such as that of an exercise
     r"(?ms)^ *(```|~~~).*?^ *\1", r"(?s)<!--.*?-->", r"(\{[^{}`\n]*\})?`[^`]*`",  # fences, comments, roles and code
     r"(?s)\$\$.*?\$\$( \(\S+\))?", r"(?s)\\begin\{.*?\\end\{[\w*]+\}", r"\$[^$]+\$", r"\\\w+",  # maths
     r"\{[^{}\n]*\}", r"(?m)^\(.*\)=$", r'"[\w+-]+"',  # directives, targets, values such as "v"
