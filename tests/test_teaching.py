@@ -116,6 +116,7 @@ def test_the_project_scores_a_denoiser():
     den = dc.load("digits/meanflow", source="shipped")
     mean, half, near = names["marks"](den, dc.MeanFlow(), dc.uniform(1), nfe=1, sets=2, size=200)
     assert mean > 1 and half > 0 and near > names["CLOSE"]
+    assert not names["passes"](mean, half, near, 1)  # as the page says
     with pytest.raises(ValueError, match="2 evaluations came"):
         names["marks"](den, dc.MeanFlow(), dc.uniform(2), nfe=1, sets=2, size=200)
     assert {n for n in re.findall(r"\b(marks|passes|dc\.\w+)\(", example)} == {"marks", "passes", "dc.load", "dc.MeanFlow", "dc.uniform"}
