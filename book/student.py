@@ -10,6 +10,7 @@
 What only the book's pages understand (directives and roles of MyST) becomes plain Markdown.
 """
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -28,6 +29,7 @@ from pybtex.database import parse_file
 from pybtex.richtext import Text
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))          # its package, and not another that is installed
 TARGET = ROOT / "build" / "student"
 REQUIREMENTS = """\
 --extra-index-url https://download.pytorch.org/whl/cpu
@@ -76,9 +78,14 @@ def labels() -> dict[str, tuple[str, str]]:
 
 
 @cache
+def works() -> dict:
+    return parse_file(str(ROOT / "book" / "references.bib")).entries
+
+
+@cache
 def cited(key: str) -> tuple[str, str, str]:
     """Of a work: its authors, its year and its address."""
-    entry = parse_file(str(ROOT / "book" / "references.bib")).entries[key]
+    entry = works()[key]
     names = [str(Text.from_latex(" ".join([*p.prelast_names, *p.last_names]))) for p in entry.persons["author"]]
     said = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
     field = entry.fields
@@ -170,7 +177,7 @@ class Exercise:
         return MARKED.search(self.code.source)[1]
 
 
-def wrong(page, cell, what):
+def wrong(page: str, cell, what: str) -> None:
     sys.exit(f"{page}, cell {cell.id}: {what}")
 
 
@@ -182,6 +189,8 @@ def exercises(cells: list, page: str) -> list[Exercise]:
         text, markdown = cell.source, cell.cell_type == "markdown"
         if markdown and (asked := re.search(r"^`{3,}\{exercise\} (\S+) (.+)\n", text, re.M)):
             complete(last, page)
+            if text.count("{exercise}") > 1:
+                wrong(page, cell, "two exercises in one cell: give each a cell of its own")
             label = re.search(r"^:label: (\S+)", text, re.M)
             last = Exercise(asked[1], asked[2].strip(), cell, label[1] if label else "")
             found.append(last)
@@ -232,10 +241,10 @@ def solved(cell, exercise: Exercise, page: str):
     number = exercise.number
     if cell.cell_type != "code" or "solution" not in cell.metadata.get("tags", []):
         wrong(page, cell, f"the solution of {number} needs the tag solution: give it to this cell")
-    for mark, other in (("BEGIN", "END"), ("END", "BEGIN")):
-        if cell.source.count(f"# {mark} SOLUTION\n") != 1:
-            wrong(page, cell, f"# {mark} SOLUTION should stand once in the solution of {number}, on a line of its own, with its "
-                              f"# {other} SOLUTION: write it")
+    for mark, where in (("BEGIN", "above"), ("END", "below")):
+        if (many := cell.source.count(f"# {mark} SOLUTION\n")) != 1:
+            wrong(page, cell, f"the solution of {number} has {'two lines' if many else 'no line'} # {mark} SOLUTION: write one {where} "
+                              "the answer, and the check below # END SOLUTION")
     if not MARKED.search(cell.source):
         wrong(page, cell, "# END SOLUTION stands above # BEGIN SOLUTION: exchange the two")
     wanted = f"check_{number.replace('.', '_')}"
@@ -291,7 +300,7 @@ def edition(cells: list, page: str, told: bool) -> list:
             if cell.id in codes and not told:
                 made[-1].source = unsolved(codes[cell.id])
         if told and cell.id in ends:
-            made.append(new_markdown_cell(hints(ends[cell.id]), id=f"{cell.id}-hints"))
+            made.append(new_markdown_cell(hints(ends[cell.id], page), id=f"{cell.id}-hints"))
     return [c for c in made if c.source]
 
 
@@ -302,29 +311,33 @@ def unsolved(exercise: Exercise) -> str:
 
 
 @cache
-def answers(chapter: str) -> dict[str, list[tuple[str, str]]]:
-    """The wrong answers that a chapter's exercises know: number -> (hint, the answer as code)."""
-    found = {}
-    for node in ast.walk(ast.parse((ROOT / "diffcourse" / f"answers_{chapter}.py").read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add":
-            table = (node.args[3:4] or [k.value for k in node.keywords if k.arg == "wrong"])[0]
-            word = isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str)
-            pairs = [(value, key) if word else (key, value) for key, value in zip(table.keys, table.values)]
-            found[node.args[0].value] = [(hint.value, code(given)) for hint, given in pairs]
-    return found
+def code_of_answers(chapter: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The wrong answers of a chapter as code: those that stand behind a hint, and the functions that have a name."""
+    tree = ast.parse((ROOT / "diffcourse" / f"answers_{chapter}.py").read_text())
+    tables = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    behind = {key.value: ast.unparse(value.body if isinstance(value, ast.Lambda) else value)
+              for table in tables for key, value in zip(table.keys, table.values) if isinstance(key, ast.Constant)}
+    return behind, {n.name: ast.unparse(n) for n in tree.body if isinstance(n, ast.FunctionDef)}
 
 
-def code(node: ast.expr) -> str:
-    return ast.unparse(node.body if isinstance(node, ast.Lambda) else node)
+def escape(text: str, marks: str) -> str:
+    return re.sub(f"([{marks}])", r"\\\1", text)
 
 
-def hints(exercise: Exercise) -> str:
+def hints(exercise: Exercise, page: str) -> str:
     """The table of the wrong answers to an exercise, and the code of those that have a name."""
+    from diffcourse.exercises import EXERCISES
+
     chapter = exercise.number.split(".")[0]
-    rows = answers(chapter)[exercise.number]
-    module = ast.parse((ROOT / "diffcourse" / f"answers_{chapter}.py").read_text())
-    named = [ast.unparse(n) for n in module.body if isinstance(n, ast.FunctionDef) and n.name in [given for _, given in rows]]
-    lines = [f"| `{given}` | {hint} |".replace("\n", " ") for hint, given in rows]
+    importlib.import_module(f"diffcourse.answers_{chapter}")
+    if exercise.number not in EXERCISES:
+        wrong(page, exercise.asked, f"the answers of chapter {chapter} do not know exercise {exercise.number}: enter it in "
+                                    f"nbs/7{chapter}_answers_{chapter}.ipynb")
+    known, (behind, functions) = EXERCISES[exercise.number], code_of_answers(chapter)
+    word = isinstance(known.answer, str)
+    rows = [(repr(key), value) if word else (behind[key], key) for key, value in known.wrong.items()]
+    named = [functions[given] for given, _ in rows if given in functions]
+    lines = [f"| `{escape(given, '|')}` | {escape(hint, '|*<')} |" for given, hint in rows]
     table = "\n".join(["| Wrong answer | The hint that it gets |", "|---|---|", *lines])
     if not named:
         return table
@@ -342,7 +355,7 @@ def assignment(cells: list, page: str) -> list:
               "tests": {"ok_format": False}, "show_question_points": True}
     made = [new_raw_cell("# ASSIGNMENT CONFIG\n" + yaml.safe_dump(config, sort_keys=False)),
             new_markdown_cell(f"# Exercises: {title}\n\nThey belong to the [chapter]({site()}{page}.html). Write the function that is "
-                              "asked for, or set `answer`, and run the cell below it. It tells what kind of wrong an answer is."),
+                              "asked for, or set the answer, and run the cell below it. It tells what kind of wrong an answer is."),
             new_code_cell("import math\n\nimport torch\n\nfrom diffcourse.exercises import NotYet")]
     for e in asked:
         made += question(e, page)
@@ -353,14 +366,15 @@ def assignment(cells: list, page: str) -> list:
 
 def question(exercise: Exercise, page: str) -> list:
     """The cells of one exercise."""
-    check = f"check_{exercise.number.replace('.', '_')}"
-    config = {"name": f"q{exercise.number.replace('.', '_')}", "points": exercise.stars}
-    solution = f'# BEGIN SOLUTION NO PROMPT\n{exercise.solution}# END SOLUTION\n""" # BEGIN PROMPT\n{stub(exercise)}""" # END PROMPT'
-    test = (f"def test_{exercise.number.replace('.', '_')}({exercise.name}):\n    from diffcourse.exercises import {check}\n"
-            f"    {check}({exercise.name})")
-    return [new_raw_cell("# BEGIN QUESTION\n" + yaml.safe_dump(config, sort_keys=False)),
-            readable(exercise.asked, page),
-            new_raw_cell("# BEGIN SOLUTION"), new_code_cell(solution), new_raw_cell("# END SOLUTION"),
+    number = exercise.number.replace(".", "_")
+    name = f"answer_{number}" if exercise.name == "answer" else exercise.name    # otter may test at the end, when the last one holds
+    asked, solution, prompt = (re.sub(r"(?<=`)answer(?=`)|^answer(?= =)", name, text, flags=re.M) for text in
+                               (plain(exercise.asked.source, page).strip(), exercise.solution, stub(exercise)))
+    config = {"name": f"q{number}", "points": exercise.stars}
+    solved = f'# BEGIN SOLUTION NO PROMPT\n{solution}# END SOLUTION\n""" # BEGIN PROMPT\n{prompt}""" # END PROMPT'
+    test = f"def test_{number}({name}):\n    from diffcourse.exercises import check_{number}\n    check_{number}({name})"
+    return [new_raw_cell("# BEGIN QUESTION\n" + yaml.safe_dump(config, sort_keys=False)), new_markdown_cell(asked),
+            new_raw_cell("# BEGIN SOLUTION"), new_code_cell(solved), new_raw_cell("# END SOLUTION"),
             new_raw_cell("# BEGIN TESTS"), new_code_cell(test), new_raw_cell("# END TESTS"),
             new_raw_cell("# END QUESTION")]
 
