@@ -325,7 +325,7 @@ def escape(text: str, marks: str) -> str:
 
 
 def hints(exercise: Exercise, page: str) -> str:
-    """The table of the wrong answers to an exercise, and the code of those that have a name."""
+    """The table of the wrong answers to an exercise, and the code of the functions in it."""
     from diffcourse.exercises import EXERCISES
 
     chapter = exercise.number.split(".")[0]
@@ -336,13 +336,16 @@ def hints(exercise: Exercise, page: str) -> str:
     known, (behind, functions) = EXERCISES[exercise.number], code_of_answers(chapter)
     word = isinstance(known.answer, str)
     rows = [(repr(key), value) if word else (behind[key], key) for key, value in known.wrong.items()]
-    named = [functions[given] for given, _ in rows if given in functions]
+    shown, named = " ".join(given for given, _ in rows), []
+    for _ in range(3):                 # what the answers call, and what that calls
+        named = [code for name, code in functions.items() if re.search(rf"\b{name}\b", shown)]
+        shown = " ".join([shown, *named])
     lines = [f"| `{escape(given, '|')}` | {escape(hint, '|*<')} |" for given, hint in rows]
     table = "\n".join(["| Wrong answer | The hint that it gets |", "|---|---|", *lines])
     if not named:
         return table
     block = "\n\n\n".join(named)
-    return f"{table}\n\n<details><summary>Those that have a name</summary>\n\n```python\n{block}\n```\n\n</details>"
+    return f"{table}\n\n<details><summary>The functions in this table</summary>\n\n```python\n{block}\n```\n\n</details>"
 
 
 # ---------------------------------------------------------------- otter-grader
@@ -383,10 +386,7 @@ def assign(masters: list[Path]) -> None:
     """Let otter-grader make of each master what students get and the zip file for Gradescope."""
     otter = [sys.executable, "-m", "otter", "assign"]
     if not importlib.util.find_spec("otter"):
-        first = masters[0].relative_to(ROOT)
-        return print(f"otter-grader is not installed, so there are no zip files for Gradescope. In an environment that has it and "
-                     f"diffcourse:\n    otter assign {first} {first.parent}/dist/{first.stem}")
-
+        return print("student: for the zip files of Gradescope: .venv/bin/pip install otter-grader, then make student again")
 
     def run(master):
         command = [*otter, str(master), str(master.parent / "dist" / master.stem)]
@@ -396,7 +396,7 @@ def assign(masters: list[Path]) -> None:
         for master, done in zip(masters, pool.map(run, masters)):
             if done.returncode:
                 sys.exit(f"{done.stdout}\n{master.name}: otter assign failed, what it said stands above")
-    print(f"student: what students get of otter, and the zip files for Gradescope, in {masters[0].parent.relative_to(ROOT)}/dist")
+    print("student: what students get of otter, and the zip files for Gradescope, in otter/dist")
 
 
 # ---------------------------------------------------------------- all of it
