@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python book/build.py
 export TORCH_INDEX
 .DEFAULT_GOAL = help
-.PHONY: help env book smoke test nb results poster weights serve sync status hooks clean
+.PHONY: help env book smoke test nb results poster weights student serve sync status hooks clean
 
 help:  ## this list
 	@awk -F ':[^#]*## *' '/^[a-z]+:.*##/ {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ poster: env  ## draw the summary of the records: build/poster.svg and build/post
 
 weights: env  ## publish the trained runs of build/digits as the package's weights (NAME=faces32/flow: that of a recipe)
 	@$(RUN) weights "$(NAME)"
+
+student: env  ## the chapters for a class: with stubs, with solutions, for otter-grader, in build/student
+	@.venv/bin/python book/student.py
 
 serve:  ## show build/site at http://localhost:8000 (PORT=)
 	@test -f build/site/index.html || { echo "make serve: there is no site yet: make book"; exit 1; }

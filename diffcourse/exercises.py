@@ -48,6 +48,8 @@ def fault(exercise: Exercise, given) -> str:
     if callable(exercise.answer):
         return (_no_such_function(exercise, given)
                 or _function_fault(exercise, given))
+    if given is ...:  # as in the edition for students
+        return "set answer, then run its cell again"
     if isinstance(exercise.answer, str):
         return _word_fault(exercise, given)
     return _number_fault(exercise, given)
@@ -88,6 +90,12 @@ def _uncallable(exercise, given):
     return ""
 
 # %% ../nbs/18_exercises.ipynb #e41d705d
+def _raised(error):
+    if isinstance(error, NotYet):  # a stub, which says what to do
+        return str(error)
+    return f"it raises {type(error).__name__}: {error}"
+
+
 def _several(value):
     many = value if isinstance(value, (tuple, list)) else (value,)
     return [torch.as_tensor(v) for v in many]
@@ -127,7 +135,7 @@ def _function_fault(exercise, given):
     try:
         results = [_called(given, case) for case in cases]
     except Exception as e:
-        return f"it raises {type(e).__name__}: {e}"
+        return _raised(e)
     for pair in zip(right, results):
         if why := _misfit(*pair):
             return why
