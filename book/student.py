@@ -332,7 +332,7 @@ def hints(exercise: Exercise, page: str) -> str:
     importlib.import_module(f"diffcourse.answers_{chapter}")
     if exercise.number not in EXERCISES:
         wrong(page, exercise.asked, f"the answers of chapter {chapter} do not know exercise {exercise.number}: enter it in "
-                                    f"nbs/7{chapter}_answers_{chapter}.ipynb")
+                                    f"the notebook answers_{chapter}")
     known, (behind, functions) = EXERCISES[exercise.number], code_of_answers(chapter)
     word = isinstance(known.answer, str)
     rows = [(repr(key), value) if word else (behind[key], key) for key, value in known.wrong.items()]
