@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffcourse"
 BIN = Path(sys.executable).parent
 SHIPPED = ["digits/classifier", "digits/ddpm", "digits/flow", "digits/distilled-5", "digits/compact-5", "digits/meanflow",
-           "digits/one-step"]    # runs whose weights the package carries, 3 MB each at most
+           "digits/one-step", "digits/flow-labels"]    # runs whose weights the package carries, 3 MB each at most
 JOBS = min(2, os.cpu_count() or 1)       # notebooks at a time: two with a thread each are faster than one with two threads
 
 

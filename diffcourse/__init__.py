@@ -53,6 +53,7 @@ _names |= {
     "tuned": "TwoStage Multistep",
     "matrix": "",
     "distill": "Distillation compact",
+    "guidance": "Guided",
     "consistency": "Consistency Renoise",
     "flow_maps": "FlowMapLoss",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP",

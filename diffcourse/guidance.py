@@ -60,7 +60,7 @@ def _check_guided(den, scale, interval, rescale, threshold):
             "allowed, and a threshold above 0 (1: none)"
         )
 
-# %% ../nbs/09_guidance.ipynb #1d8eeee1
+# %% ../nbs/09_guidance.ipynb #61e535f7
 @patch_to(Guided)
 def __call__(self, x: Tensor, t) -> Prediction:
     "Evaluate the network for both questions, as one batch."
@@ -76,16 +76,16 @@ def __call__(self, x: Tensor, t) -> Prediction:
         return super(Guided, self).__call__(x, t)
     silent = torch.as_tensor(self.without, device=x.device)
     each = t if isinstance(t, float) or not t.ndim else t.repeat(2)
-    asked, plain = self._both(x, each, told, silent.expand_as(told))
+    asked, plain = self._twice(x, each, told, silent.expand_as(told))
     w = torch.where(inside.to(x.device), self.scale, 1.0).to(x.dtype)
     w = expand(w, x) if w.ndim else w
     told, out = (Prediction(x, t, o, self.predicts, self.path)
                  for o in (asked, plain + w * (asked - plain)))
     return self._tamed(out, told)
 
-# %% ../nbs/09_guidance.ipynb #8ab5aa8c
+# %% ../nbs/09_guidance.ipynb #5b77f3d1
 @patch_to(Guided)
-def _both(self, x, t, told, silent):  # -> the two answers
+def _twice(self, x, t, told, silent):  # -> the two answers
     before, self.condition = self.condition, torch.cat([told, silent])
     try:
         out = super(Guided, self).__call__(torch.cat([x, x]), t)

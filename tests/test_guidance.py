@@ -272,8 +272,8 @@ def test_a_student_is_taught_what_its_teacher_was_asked():
     net = unet()
     nn.init.normal_(net.labels.tables[0].weight)
     teacher, asked = Guided(Denoiser(net, Linear(), "flow"), 3.0), []
-    inner = teacher._both
-    teacher._both = lambda x, t, told, silent: asked.append(told.clone()) or inner(x, t, told, silent)
+    inner = teacher._twice
+    teacher._twice = lambda x, t, told, silent: asked.append(told.clone()) or inner(x, t, told, silent)
     fit(Distillation(teacher, 4, ratio=1), unet(1), x, "student", 2, labels=y, drop=0.0, batch=8)
     for step, told in enumerate(asked):
         assert torch.equal(told, y[torch.from_numpy(batch_indices(0, step, 8, 40))])

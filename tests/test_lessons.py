@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = [
     "01_playground", "02_ddpm", "03_ddim", "04_flow_matching", "05_solvers", "06_distill", "07_meanflow", "08_leaderboard",
-    "66_inversion", "67_likelihood",
+    "09_guidance", "66_inversion", "67_likelihood",
 ]
 
 
