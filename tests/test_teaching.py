@@ -11,7 +11,7 @@ from diffcourse.exercises import EXERCISES
 from diffcourse.museum import EXHIBITS
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTERS = {p.stem[1]: p for p in sorted(ROOT.glob("nbs/0[1-8]_*.ipynb"))}
+CHAPTERS = {p.stem[1]: p for p in sorted(ROOT.glob("nbs/0[1-9]_*.ipynb"))}
 for k in CHAPTERS:
     importlib.import_module(f"diffcourse.answers_{k}")
 INSTRUCTOR = (ROOT / "book/instructor.md").read_text(encoding="utf-8")
