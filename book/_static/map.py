@@ -3,7 +3,7 @@
     python book/_static/map.py > book/_static/map.svg
 """
 LEFT, MIDDLE, RIGHT, WIDTH, HEIGHT, ROW = 88, 180, 272, 160, 46, 84
-COLOURS = {"start": "#5c6773", "Foundations": "#0072b2", "Fast sampling": "#a84600"}
+COLOURS = {"start": "#5c6773", "Foundations": "#0072b2", "Fast sampling": "#a84600", "Control": "#00735c"}
 PAGES = {  # name: centre of its box, row, part
     "Prerequisites": (MIDDLE, 0, "start"),
     "1 Playground": (MIDDLE, 1, "Foundations"),
@@ -14,6 +14,7 @@ PAGES = {  # name: centre of its box, row, part
     "6 Distillation": (RIGHT, 4, "Fast sampling"),
     "7 One step": (RIGHT, 5, "Fast sampling"),
     "8 Leaderboard": (LEFT, 6, "Fast sampling"),
+    "9 Guidance": (RIGHT, 6, "Control"),
 }
 ARROWS = [  # from, to, and how far beside the middle an arrow leaves and lands
     ("P", "1", 0, 0), ("1", "2", 0, 0), ("2", "3", -24, 24), ("2", "4", 24, -24), ("3", "5", 0, 0), ("3", "6", 24, -24),
@@ -36,13 +37,13 @@ def arrow(first, last, leaves, lands):
 def drawing():
     height = 60 + ROW * 6
     edge = RIGHT + WIDTH // 2
-    bend = f'M{edge} {30 + ROW * 3}h10q6 0 6 6v{2 * ROW - 12}q0 6 -6 6h-9'    # from 4 past 6 to 7
+    bends = [f'M{edge} {30 + ROW * 3}h10q6 0 6 6v{n * ROW - 12}q0 6 -6 6h-9' for n in (2, 3)]    # from 4 to 7 and to 9
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 378 {height}" font-family="sans-serif" font-size="17">',
         '<marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#8a94a0"/></marker>',
         '<g fill="none" stroke="#8a94a0" stroke-width="2">',
-        *[arrow(*ends) for ends in ARROWS], f'<path d="{bend}" marker-end="url(#tip)"/>',
+        *[arrow(*ends) for ends in ARROWS], *[f'<path d="{bend}" marker-end="url(#tip)"/>' for bend in bends],
         '</g>', '<g fill="#fff" text-anchor="middle">', *map(box, PAGES), '</g>', '</svg>'])
 
 
