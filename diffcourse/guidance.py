@@ -38,7 +38,7 @@ class Guided(Denoiser):
         self.without = without
         self.rescale, self.threshold = rescale, threshold
 
-# %% ../nbs/09_guidance.ipynb #4a8ba07e
+# %% ../nbs/09_guidance.ipynb #608c6e24
 def _check_guided(den, scale, interval, rescale, threshold):
     if not isinstance(den, Denoiser):
         raise TypeError(
@@ -83,7 +83,7 @@ def __call__(self, x: Tensor, t) -> Prediction:
                  for o in (asked, plain + w * (asked - plain)))
     return self._tamed(out, told)
 
-# %% ../nbs/09_guidance.ipynb #5b77f3d1
+# %% ../nbs/09_guidance.ipynb #a84107c7
 @patch_to(Guided)
 def _twice(self, x, t, told, silent):  # -> the two answers
     before, self.condition = self.condition, torch.cat([told, silent])
@@ -94,7 +94,7 @@ def _twice(self, x, t, told, silent):  # -> the two answers
     self.nfe += 1
     return out.out.chunk(2)
 
-# %% ../nbs/09_guidance.ipynb #c0fdee95
+# %% ../nbs/09_guidance.ipynb #cd666a35
 @patch_to(Guided)
 def _tamed(self, guess, told):  # the guess of the image, held back
     last = float(torch.as_tensor(guess.t).min()) == 0
