@@ -316,9 +316,9 @@ def snapshot(state, callback):
         draw(state, tensor)
 
 # %% ../nbs/38_checkpoints.ipynb #283de997
-def draw(state, kept):
+def draw(state, value):
     "Images as a grid: grid-0005000.png; of what is none, nothing."
-    if (images := _as_images(kept)) is not None:
+    if (images := _as_images(value)) is not None:
         name = f"grid-{state.step:07d}.png"
         save_grid(images, state.folder / name)
 

@@ -59,8 +59,8 @@ def step(self, den: Denoiser, x, t, s, noise):
     if not self.stochastic or var == 0:
         return a * x0 + var.sqrt() * eps
     fresh = self.eta**2 * posterior(path, t, s)[2]
-    kept = (var - fresh).clamp(min=0)
-    return a * x0 + kept.sqrt() * eps + fresh.sqrt() * noise()
+    old = (var - fresh).clamp(min=0)
+    return a * x0 + old.sqrt() * eps + fresh.sqrt() * noise()
 
 # %% ../nbs/03_ddim.ipynb #c5ca02f5
 def __getattr__(name):

@@ -155,8 +155,8 @@ def interval_weight(
         return torch.ones_like(t)
     if kind == "linear":
         return 1 + alpha * (1 - t)
-    own = WEIGHTS[kind](path.alpha(t), path.sigma(t))
-    return own * _x0_per_out(path, predicts, t) ** 2
+    weight = WEIGHTS[kind](path.alpha(t), path.sigma(t))
+    return weight * _x0_per_out(path, predicts, t) ** 2
 
 # %% ../nbs/06_distill.ipynb #43e69749
 class Middle:
@@ -166,7 +166,9 @@ class Middle:
         self.net = net
 
     def __enter__(self):
-        keep = lambda m, args, out: setattr(self, "out", out)
+        def keep(module, args, out):
+            self.out = out
+
         self._hook = self.net.middle[-1].register_forward_hook(keep)
         return self
 
@@ -205,30 +207,31 @@ class Distillation:
         return SOLVERS[self.student_rule], uniform(self.steps)
 
 # %% ../nbs/06_distill.ipynb #d26e0a08
-def _check_distillation(own):
+def _check_distillation(method):
     for name, known in (
         ("rule", list(RULES)),
         ("student_rule", list(RULES)),
         ("loss", list(LOSSES)),
         ("weight", KINDS),
     ):
-        if (value := getattr(own, name)) not in known:
+        if (value := getattr(method, name)) not in known:
             raise ValueError(f"{name}={value!r}: choose of {known}")
     for name in ("steps", "ratio"):
-        setattr(own, name, runs.whole(name, getattr(own, name)))
+        setattr(method, name, runs.whole(name, getattr(method, name)))
     for name in ("alpha", "anchor", "features"):
-        if not (value := getattr(own, name)) >= 0:
+        if not (value := getattr(method, name)) >= 0:
             raise ValueError(f"{name}={value}: 0 or more")
-    if not own.delta > 0:
-        raise ValueError(f"delta={own.delta}: above 0 is needed")
-    if own.predicts in ("eps", "score") and own.path.alpha(1.0) == 0:
+    if not method.delta > 0:
+        raise ValueError(f"delta={method.delta}: above 0 is needed")
+    predicts = method.predicts
+    if predicts in ("eps", "score") and method.path.alpha(1.0) == 0:
         raise ValueError(
-            f"a teacher that predicts {own.predicts!r} knows no x0 at "
+            f"a teacher that predicts {predicts!r} knows no x0 at "
             "t = 1, where its first step begins: take v, x0 or flow"
         )
-    if own.student_rule == "midpoint":
-        t = torch.arange(1, own.steps + 1) / own.steps
-        _check_flow(own.path, t, "student_rule='ddim'")
+    if method.student_rule == "midpoint":
+        t = torch.arange(1, method.steps + 1) / method.steps
+        _check_flow(method.path, t, "student_rule='ddim'")
 
 # %% ../nbs/06_distill.ipynb #d0851d9f
 @patch_to(Distillation)
@@ -309,22 +312,23 @@ def stages(
             f"steps = {steps}: a teacher of {teacher_steps} steps can "
             f"be distilled to {allowed[::-1]}"
         )
-    found, now = [], teacher_steps
+    plan, now = [], teacher_steps
     while now > steps:
         half = now // 2
         exact = now % 2 == 0 and half % steps == 0
-        found.append((now, half if exact else steps))
-        now = found[-1][1]
-    return found
+        plan.append((now, half if exact else steps))
+        now = plan[-1][1]
+    return plan
 
 # %% ../nbs/06_distill.ipynb #7e6fecf1
 def compact(
     net: UNet,  # the teacher's
 ) -> UNet:
     "A new network of three quarters of the width, without attention."
-    own = net.config()
-    base = own["base"] * 3 // 4
-    return UNet(**own | {"base": base - base % 2, "attention": []})
+    config = net.config()
+    base = config["base"] * 3 // 4
+    changes = {"base": base - base % 2, "attention": []}
+    return UNet(**config | changes)
 
 
 def check_student(
@@ -335,10 +339,10 @@ def check_student(
     """Let a student pass that costs no more than its teacher.
 
     Raises: ValueError."""
-    own, most = count_macs(net, shape), count_macs(teacher, shape)
-    if own > most:
+    macs, most = count_macs(net, shape), count_macs(teacher, shape)
+    if macs > most:
         raise ValueError(
-            f"the student costs {own:,} multiply-adds an evaluation, "
+            f"the student costs {macs:,} multiply-adds an evaluation, "
             f"its teacher {most:,}: a smaller one is needed, such as "
             "compact(teacher)"
         )
@@ -393,9 +397,9 @@ def _plan(steps, teacher_steps, target, options):
             "'teacher' (the accurate flow)"
         )
     fixed = ("ratio",) if target == "student" else ("ratio", "rule")
-    if both := [k for k in fixed if k in options]:
+    if repeated := [k for k in fixed if k in options]:
         raise ValueError(
-            f"{' and '.join(both)}: set by the steps and by "
+            f"{' and '.join(repeated)}: set by the steps and by "
             f"target={target!r}; leave it out, or make the loss "
             "Distillation(…) yourself and `fit` it"
         )

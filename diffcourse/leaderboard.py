@@ -133,17 +133,17 @@ def _full(records):  # as many of both kinds as the rule needs
 
 # %% ../nbs/08_leaderboard.ipynb #90df18b0
 def ranked(
-    found: list,  # of methods
+    entries: list,  # of methods
 ) -> list[Method]:
     "By evaluations, then by distance."
-    return sorted(found, key=lambda m: (m.nfe, m.level.value))
+    return sorted(entries, key=lambda m: (m.nfe, m.level.value))
 
 
 def leaderboard(
     folder: Path | None = None,  # of records; None: the package's
 ) -> Table:
     "Every method, by evaluations and then by distance."
-    found = ranked(methods(folder))
+    entries = ranked(methods(folder))
     head = ["NFE", "", "method", "FD / F", "95 %", "class error"]
     head += ["memorisation", "training s", "images", "s per 1,000"]
     note = (
@@ -151,9 +151,9 @@ def leaderboard(
         f"{LEAST} trainings and {LEAST} sets of noise; training: with "
         "all that it stands on, in thousands of images; ‡: whole "
         "classes are lost in some sets, and their FD is not weighted; "
-        f"{Records(r for m in found for r in m.records).caption()}"
+        f"{Records(r for m in entries for r in m.records).caption()}"
     )
-    return Table(head, [_cells(m) for m in found], note)
+    return Table(head, [_cells(m) for m in entries], note)
 
 # %% ../nbs/08_leaderboard.ipynb #699cd9a4
 def _cells(m):
@@ -202,14 +202,14 @@ def method(
     """One method of the board.
 
     Raises: ValueError where it is not on it."""
-    found = [m for m in methods(folder) if m.grid == "uniform"
+    rivals = [m for m in methods(folder) if m.grid == "uniform"
              and (m.short, m.solver, m.nfe) == (model, solver, nfe)]
-    if not found:
+    if not rivals:
         known = sorted({(m.short, m.solver) for m in methods(folder)
                         if m.nfe == nfe})
         raise ValueError(f"no {model} with {solver} at NFE {nfe} on "
                          f"the board; there are {known}")
-    return found[0]
+    return rivals[0]
 
 # %% ../nbs/08_leaderboard.ipynb #50e3ef5a
 def students(
@@ -282,14 +282,14 @@ def _forest(ax, effects, names):  # from the top; colour: the verdict
 
 # %% ../nbs/08_leaderboard.ipynb #27ec17d9
 def levels(
-    found: list,  # of methods
+    entries: list,  # of methods
     cost: str = "nfe",  # or "total_seconds"
 ) -> tuple:  # costs, means, low ends, high ends
     "For a curve with its interval."
     def price(m):
         return m.nfe if cost == "nfe" else m.mean(cost)
 
-    by_price = sorted(found, key=price)
+    by_price = sorted(entries, key=price)
     ends = [m.level.interval() for m in by_price]
     low, high = ([e[i] for e in ends] for i in (0, 1))
     floor = [max(v, 0.05) for v in low]
@@ -335,11 +335,11 @@ def champions(
     folder: Path | None = None,  # of records; None: the package's
 ) -> dict:  # NFE -> best student, its rival, Effect of the family
     "The student with the smallest distance at each NFE."
-    found = {}
+    best = {}
     for m, e in zip(students(folder), duels(folder=folder)):
-        if m.nfe not in found:  # they are ranked
-            found[m.nfe] = m, rival(m.nfe, folder=folder), e
-    return found
+        if m.nfe not in best:  # they are ranked
+            best[m.nfe] = m, rival(m.nfe, folder=folder), e
+    return best
 
 # %% ../nbs/08_leaderboard.ipynb #f63610c2
 def moved(
@@ -349,9 +349,9 @@ def moved(
     today, rows = champions(folder), []
     for r in read_records("first_edition", folder):
         now = today.get(r["nfe"])
-        said = f"{now[0].name}: {now[2].verdict}" if now else "–"
+        words = f"{now[0].name}: {now[2].verdict}" if now else "–"
         rows.append([str(r["nfe"]), f"{r['model']}: {r['verdict']}",
-                     said])
+                     words])
     return Table(["NFE", "first edition, 8x8", "today"], rows,
                  "the best student against its undistilled rival; the "
                  "first edition by another protocol")
@@ -374,7 +374,7 @@ def pictures(
     "From the same noise, by the weights that the package has."
     from diffcourse.experiments import SOLVERS
 
-    found, dens = {}, {}
+    drawn, dens = {}, {}
     for label, (name, solver, steps) in SHOWN.items():
         if name in _shipped():
             if name not in dens:
@@ -382,8 +382,8 @@ def pictures(
             each = SOLVERS[solver], uniform(steps)
             seeds = range(seed, seed + n)
             out = sample(dens[name], (1, 8, 8), *each, seeds=seeds)
-            found[label] = out.x
-    return found | {"real digits": digits("held_out").x[:n]}
+            drawn[label] = out.x
+    return drawn | {"real digits": digits("held_out").x[:n]}
 
 # %% ../nbs/08_leaderboard.ipynb #a55c8c6a
 def answer(
@@ -396,10 +396,10 @@ def answer(
             none.append(n)
         else:
             by.setdefault(e.verdict, []).append(n)
-    said = [f"{word} at {_listed(at)}" for word, at in by.items()]
+    verdicts = [f"{word} at {_listed(at)}" for word, at in by.items()]
     text = ("Against the teacher trained on for longer, with a good "
             "solver and as many evaluations, the best student is "
-            f"{_listed(said)}.")
+            f"{_listed(verdicts)}.")
     if none:
         text += (f" At {_listed(none)} the undistilled flow loses "
                  "whole classes: there is nothing to compare with.")
@@ -414,12 +414,12 @@ def _listed(words):
 BLUE, ORANGE = "#0072B2", "#D55E00"  # undistilled, students
 
 
-def _panel(ax, found):
+def _panel(ax, entries):
     from matplotlib.ticker import LogLocator, NullLocator
 
     sides = {"undistilled": (BLUE, "o"), "students": (ORANGE, "D")}
     for student, (name, (color, marker)) in enumerate(sides.items()):
-        side = [m for m in found if m.student == student]
+        side = [m for m in entries if m.student == student]
         x, y, low, high = levels(side)
         error = [[b - a for a, b in zip(low, y)],
                  [b - a for a, b in zip(y, high)]]
@@ -477,8 +477,8 @@ def _texts(fig, folder):
     one = answer(folder), 15.5, 60
     y = _write(fig, 0.53, 0.42, *one, weight="bold") - 0.025
     for n, (m, other, e) in sorted(champions(folder).items()):
-        said = f"NFE {n}: {m.name} less {other.name}: {e}"
-        y = _write(fig, 0.53, y, said, 13.5, 76) - 0.015
+        line = f"NFE {n}: {m.name} less {other.name}: {e}"
+        y = _write(fig, 0.53, y, line, 13.5, 76) - 0.015
 
 # %% ../nbs/08_leaderboard.ipynb #e600a580
 def _sheet(fig, folder):
@@ -486,8 +486,8 @@ def _sheet(fig, folder):
     top = fig.add_axes((0.075, 0.53, 0.4, 0.325))
     _panel(top, drawn)
     low = fig.add_axes((0.215, 0.12, 0.26, 0.325))
-    both = zip(students(folder), duels(folder=folder))
-    pairs = [(m, e) for m, e in both if m.nfe > 1]
+    compared = zip(students(folder), duels(folder=folder))
+    pairs = [(m, e) for m, e in compared if m.nfe > 1]
     names = [f"{m.nfe}: {m.short}" for m, _ in pairs]
     _forest(low, [e for _, e in pairs], names)
     low.set(xlabel="student less rival of the same NFE, in F")
