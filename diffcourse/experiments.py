@@ -428,7 +428,8 @@ def _students():
     rows = _rows(five, ["Euler()"], (5,), **_FIVE)
     rows += _rows(["distilled 10"], ["Euler()"], (10,), **_FIVE)
     undistilled = ["flow", "control"]
-    return rows + _rows(undistilled, ["AB2()"], (1, 2, 5, 10), **_FIVE)
+    budgets = 1, 2, 3, 4, 5, 10
+    return rows + _rows(undistilled, ["AB2()"], budgets, **_FIVE)
 
 
 def _ones():

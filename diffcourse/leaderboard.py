@@ -32,7 +32,7 @@ from .yardstick import CLOSE
 BOARD = "04_flow", "06_distill", "07_one_step"  # experiments
 PREFIX = ""  # of the models' names: that of their task
 LADDER = ("flow", "control")  # each trained on from the one before
-SOLVED = {1: "AB2()", 2: "AB2()", 5: "AB2()", 10: "AB2()"}
+SOLVED = dict.fromkeys((1, 2, 3, 4, 5, 10), "AB2()")
 LONG = "AB2()", 10  # of the teacher at its best
 DRAWN = ("meanflow", "meanflow logit-normal", "distilled 10",
          "distilled 5", "distilled 5 compact")  # in figures
@@ -112,6 +112,7 @@ def _methods(folder, when):  # read again where a file has changed
     every, groups = Records(), {}
     for name in BOARD:
         every += read_records(name, folder)
+    _same_cost(every)
     for r in _newest(Records(every)):
         key = tuple(r[k] for k in "model solver grid nfe".split())
         groups.setdefault(key, Records()).append(r)
@@ -124,6 +125,16 @@ def _methods(folder, when):  # read again where a file has changed
         for m in same:
             m.pace = pace
     return made
+
+
+def _same_cost(records):  # of a training that was made more than once
+    groups = {}
+    for r in records:
+        groups.setdefault((r["model"], r["train_seed"]), []).append(r)
+    for same in groups.values():
+        seconds = statistics.median(r["total_seconds"] for r in same)
+        for r in same:
+            r["total_seconds"] = seconds
 
 
 def _full(records):  # as many of both kinds as the rule needs
