@@ -128,8 +128,9 @@ def test_the_bars_are_those_of_the_records():
     bars = {n: names["rival"](at) for n, at in names["BARS"].items()}
     assert all(m.short == "control" and m.solver == "AB2()" for m in bars.values())
     assert bars[1].level.value == bars[2].level.value > 2 * bars[4].level.value
+    assert bars[4].nfe == 4
     with pytest.raises(KeyError):
-        names["rival"](4)  # once there is a record, the page has to say so
+        names["rival"](6)
     assert f"{bars[2].mean('total_images'):,.0f} images of training" in PROJECT
     level = bars[4].level.value
     assert names["passes"](level - 0.2, 0.1, 1.0, 4) and not names["passes"](level - 0.1, 0.2, 1.0, 4)
