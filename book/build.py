@@ -257,17 +257,21 @@ def run_notebook(nb: str, scale: str, bar: bool) -> tuple[float, str]:
     os.environ.update(DIFFCOURSE_HOME=str(folder), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // JOBS)    # more threads than cores collapse
     decided, start = parts(nb, scale), time.perf_counter()
+    running.unlink(missing_ok=True)
     try:
         out = papermill.execute_notebook(f"{nb}.ipynb", str(running), parameters(nb, scale), progress_bar=bar, cwd=str(ROOT),
-                                         extra_arguments=["--log-level=CRITICAL"])
+                                         extra_arguments=["--log-level=CRITICAL"],
+                                         request_save_on_cell_execute=False)     # but at the end, or when a cell fails
     except KeyboardInterrupt:
         raise
     except Exception as error:
-        if running.exists():
+        failed.unlink(missing_ok=True)
+        if running.exists():             # not where the kernel died
             os.replace(running, failed)
         where = f"cell {error.cell_index} " if isinstance(error, PapermillExecutionError) else ""
         what = f"{error.ename}: {error.evalue}" if where else f"{type(error).__name__}: {error}"
-        return time.perf_counter() - start, f"{where}{what}\n    what ran of it: {failed.relative_to(ROOT)}"
+        ran = f"\n    what ran of it: {failed.relative_to(ROOT)}" if failed.exists() else ""
+        return time.perf_counter() - start, f"{where}{what}{ran}"
     seconds = time.perf_counter() - start
     out.metadata[PACKAGE] = {"parts": decided | newest(nb, scale), "seconds": round(seconds, 1)}
     running.write_text(json.dumps(out, indent=1, ensure_ascii=False))
@@ -279,7 +283,8 @@ def run_notebook(nb: str, scale: str, bar: bool) -> tuple[float, str]:
 def run_all(chosen: list[str], scale: str, force: bool = False) -> None:
     """Run those of the chosen notebooks that are stale, makers first; one failure ends in a non-zero exit."""
     reasons = {nb: "asked for" if force else stale(nb, scale) for nb in chosen}
-    todo = [nb for nb in chosen if reasons[nb]]
+    awaited = {maker for nb in chosen for maker in makers(nb)}      # first, so that at the end no page waits for one
+    todo = sorted((nb for nb in chosen if reasons[nb]), key=lambda nb: nb not in awaited)
     if not todo:
         return print(f"{scale}: all {len(chosen)} runs are up to date")
     total, begin = len(todo), time.perf_counter()
