@@ -77,7 +77,7 @@ def drawings(output):
         return [{**output, "data": data}] if data else [output]
     for picture, kind in ((light, "only-light"), (dark, "only-dark")):
         png = binascii.a2b_base64(picture)
-        wide = ["wide"] * (int.from_bytes(png[16:20], "big") > 800)     # pixels; a phone lets it scroll (custom.css)
+        wide = ["wide"] * (int.from_bytes(png[16:20], "big") > 640)     # pixels; a phone lets it scroll (custom.css)
         DRAWINGS[hashlib.sha256(png).hexdigest()] = [kind, *wide]
     return [{**output, "data": data}, {**output, "data": {"image/png": dark}}]
 
