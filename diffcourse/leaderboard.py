@@ -9,6 +9,7 @@ __all__ = ['BOARD', 'PREFIX', 'LADDER', 'SOLVED', 'LONG', 'DRAWN', 'SHOWN', 'BLU
 
 # %% ../nbs/08_leaderboard.ipynb #167e374d
 import argparse, math, statistics, sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -400,21 +401,26 @@ def pictures(
 def answer(
     folder: Path | None = None,  # of records; None: the package's
 ) -> str:
-    "What a student gains at equal NFE, in a sentence."
-    by, none = {}, []
-    for n, (_, other, e) in sorted(champions(folder).items()):
+    "What students gain at equal NFE, in two or three sentences."
+    several = Counter(m.nfe for m in students(folder))
+    by, alone, none = {}, [], []
+    for n, (m, other, e) in sorted(champions(folder).items()):
         if other.loses:
             none.append(n)
-        else:
+        elif several[n] > 1:
             by.setdefault(e.verdict, []).append(n)
-    verdicts = [f"{word} at {_listed(at)}" for word, at in by.items()]
-    text = ("Against the teacher trained on for longer, with a good "
-            "solver and as many evaluations, the best student is "
-            f"{_listed(verdicts)}.")
+        else:
+            alone.append(f"At {n} the only student, {m.short}, is "
+                         f"{e.verdict}.")
+    text = ["The rival is the teacher trained on for longer, with a "
+            "good solver and as many evaluations."]
+    if by:
+        verdicts = [f"{w} at {_listed(at)}" for w, at in by.items()]
+        text.append(f"The best student is {_listed(verdicts)}.")
     if none:
-        text += (f" At {_listed(none)} the undistilled flow loses "
-                 "whole classes: there is nothing to compare with.")
-    return text
+        alone.append(f"At {_listed(none)} the undistilled flow loses "
+                     "whole classes: there is nothing to compare with.")
+    return " ".join([*text, *alone])
 
 
 def _listed(words):

@@ -315,7 +315,7 @@ def _binned(values, bins):
 
 # %% ../nbs/17_plotting.ipynb #4241d3c7
 def trajectories(
-    times,             # (steps + 1,) times, in any order
+    times,             # (steps + 1,) times: from left to right
     xs,                # (steps + 1, n) or (steps + 1, n, 1) states
     groups=None,       # (n,) whole numbers: one colour each
     background=None,   # (times, positions, density by rows of a time)
@@ -339,7 +339,7 @@ def trajectories(
         for j in range(xs.shape[1]):
             ax.plot(times, xs[:, j], color=COLORS[groups[j] % 7],
                     linestyle="-", linewidth=0.9, alpha=0.75)
-        ax.set_xlim(times.min(), times.max())
+        ax.set_xlim(times[0], times[-1])
         _axes(ax, title, xlabel, ylabel)
         return _done(fig)
 

@@ -217,8 +217,10 @@ def test_the_page_shows_both_drawings_with_their_classes_and_alt_text(tmp_path, 
     other["text/plain"] = "<Figure size 100x100 with 1 Axes>"
     page, target, warnings = site(tmp_path, [(meta, [{**output, "data": shown}]) for meta, shown in ((alt, data), (alt, other), ({}, data))])
     images = re.findall(r"<img[^>]*>", page)
-    classes = [re.search(r'class="([^"]*)"', tag)[1] for tag in images]
-    assert classes == ["only-light", "only-dark", "dark-light", "only-light", "only-dark"]
+    classes = [re.search(r'class="([^"]*)"', tag)[1].split() for tag in images]
+    assert [kind for kind, *_ in classes] == ["only-light", "only-dark", "dark-light", "only-light", "only-dark"]
+    broad = Image.open(BytesIO(base64.b64decode(data["image/png"]))).width > 640
+    assert [more for _, *more in classes] == [["wide"] * (broad and k != 2) for k in range(5)]      # a phone lets it scroll
     assert all('alt="Two lines"' in tag for tag in images[:3])
     for tag, kind in zip(images, ("image/png", style.DARK)):
         assert (target / re.search(r'src="([^"]*)"', tag)[1]).read_bytes() == base64.b64decode(data[kind])

@@ -102,13 +102,14 @@ def test_who_is_met_at_equal_cost(small):
 def test_champions_and_answer(small):
     found = lb.champions(small)
     assert {n: m.name for n, (m, *_) in found.items()} == {1: "meanflow", 2: "meanflow", 5: "distilled 5", 10: "distilled 10"}
-    assert lb.answer(small).endswith("the best student is better at 1, 2 and 5 and worse at 10.")
+    assert lb.answer(small).endswith("The best student is better at 5. At 1 the only student, meanflow, is better. At 2 the only student, meanflow, is better. "
+                                     "At 10 the only student, distilled 10, is worse.")
 
 
 def test_a_lost_class_is_marked_and_nothing_to_compare_with(tmp_path):
     lost = {k: [r | {"lost": [7]} if r["nfe"] == 1 and r["model"] == "control" else r for r in own] for k, own in SMALL.items()}
     folder = written(tmp_path, lost)
-    assert lb.answer(folder).endswith("worse at 10. At 1 the undistilled flow loses whole classes: there is nothing to compare with.")
+    assert lb.answer(folder).endswith("distilled 10, is worse. At 1 the undistilled flow loses whole classes: there is nothing to compare with.")
     assert [r[2] for r in lb.leaderboard(folder).rows if "‡" in r[2]] == ["control, AB2 ‡"]
 
 

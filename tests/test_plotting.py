@@ -174,7 +174,8 @@ def test_a_single_line_has_no_legend_but_every_mark_has_its_name():
 
 def test_trajectories_take_the_trajectory_of_a_sampler():
     fig = plotting.trajectories(torch.tensor([1.0, 0.5, 0.0]), torch.zeros(3, 5, 1))
-    assert len(fig.axes[0].lines) == 5 and fig.axes[0].get_xlim() == (0.0, 1.0)
+    assert len(fig.axes[0].lines) == 5 and fig.axes[0].get_xlim() == (1.0, 0.0)     # from left to right, as the sampler goes
+    assert plotting.trajectories([0, 1], torch.zeros(2, 3)).axes[0].get_xlim() == (0.0, 1.0)
 
 
 def test_small_multiples_share_their_axes():

@@ -26,7 +26,7 @@ TAGS = {"hide": "remove-cell", "default_exp": "remove-cell", "include: false": "
         "hide_input": "remove-input", "hide_output": "remove-output", "code-fold: true": "hide-input"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DARK = "application/vnd.diffcourse.dark+png"                  # DARK of diffcourse.style
-DRAWINGS = {}                                                 # sha256 of a file -> the theme's class of its pages
+DRAWINGS = {}                                                 # sha256 of a file -> the classes of its picture
 
 
 def text(cell):
@@ -76,15 +76,17 @@ def drawings(output):
     if not dark or dark == light:
         return [{**output, "data": data}] if data else [output]
     for picture, kind in ((light, "only-light"), (dark, "only-dark")):
-        DRAWINGS[hashlib.sha256(binascii.a2b_base64(picture)).hexdigest()] = kind
+        png = binascii.a2b_base64(picture)
+        wide = ["wide"] * (int.from_bytes(png[16:20], "big") > 640)     # pixels; a phone lets it scroll (custom.css)
+        DRAWINGS[hashlib.sha256(png).hexdigest()] = [kind, *wide]
     return [{**output, "data": data}, {**output, "data": {"image/png": dark}}]
 
 
 def class_drawings(app, doctree):
     """Give the two drawings of a figure their classes: a cell's metadata has only one for all its pictures."""
     for image in doctree.findall(nodes.image):
-        kind = DRAWINGS.get(Path(image["uri"]).stem)          # myst-nb names the files by their sha256
-        image["classes"] = [kind] if kind else image["classes"]
+        kinds = DRAWINGS.get(Path(image["uri"]).stem)         # myst-nb names the files by their sha256
+        image["classes"] = kinds or image["classes"]
 
 
 def graft(app, docname, source):
