@@ -27,30 +27,50 @@ def _constant(c):  # of compiled code, as plain data
 
 # %% ../nbs/37_identity.ipynb #0b0fb98f
 _SAYS_NOTHING = ("__doc__", "__firstlineno__")
+_MADE_UP = ("PUSH_NULL", "EXTENDED_ARG")  # by how a call is compiled
 
 
 @functools.lru_cache(maxsize=None)
-def _steps(code):  # the instructions, with what they refer to
-    instructions = []
+def _read(code):  # -> instructions, how many stand before each offset
+    instructions, before = [], {}
     for i in dis.get_instructions(code):
+        before[i.offset] = len(instructions)
         if i.opname == "STORE_NAME" and i.argval in _SAYS_NOTHING:
             instructions.pop()
-        else:
+        elif i.opname not in _MADE_UP:
             instructions.append(i)
-    return instructions
+    return instructions, before
+
+
+def _steps(code):  # the instructions, with what they refer to
+    return _read(code)[0]
 
 # %% ../nbs/37_identity.ipynb #7fba9313
 def _bytecode(code):  # a hash of all that the code does
-    instructions = [
-        _constant(i.argval) if i.opcode in dis.hasconst
-        else [i.opname, i.argrepr or i.arg]
-        for i in _steps(code)
+    steps, before = _read(code)
+    instructions = [_instruction(i, before) for i in steps]
+    caught = [
+        [*(before.get(k, len(steps)) for k in (e.start, e.end, e.target)),
+         e.depth, e.lasti]
+        for e in dis.Bytecode(code).exception_entries
     ]
     names = code.co_varnames[: _arguments(code)]
     flags = code.co_flags & ~0x4000000  # whether it has a docstring
-    caught = code.co_exceptiontable.hex()
     text = repr([instructions, names, flags, code.co_argcount, caught])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _instruction(i, before):  # as plain data
+    if i.opcode in dis.hasconst:
+        return _constant(i.argval)
+    if i.opcode in _JUMPS:
+        return [i.opname, before.get(i.argval)]
+    name = "LOAD_ATTR" if i.opname == "LOAD_METHOD" else i.opname
+    said = i.argval if i.opcode in dis.hasname else i.argrepr
+    return [name, said or i.arg]
+
+
+_JUMPS = {*dis.hasjrel, *dis.hasjabs}
 
 
 def _arguments(code):  # how many, with *args and **kwargs

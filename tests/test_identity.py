@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffcourse import identity
 from diffcourse.identity import differences, fingerprint, identify
 
 
@@ -357,3 +358,31 @@ def test_differences_are_named():
     assert said[0] == "steps (4, now 8)" and "the network or its weights at the start" in said
     assert "__main__.helper" in said and "loss reads cfg" in said
     assert differences(a, a) == [] and "the data" in differences(a, identify(Net(), data=torch.zeros(3))[1])
+
+
+BRANCHES = '''def f(x, *, n=3):
+    for i in range(n):
+        try:
+            x = torch.exp(x) if x else torch.log(x)
+            y = [torch.nn.functional.mse(v, torch.sin(v)) for v in x if torch.any(v)]
+        except ValueError:
+            while torch.any(x):
+                x = torch.sub(x, 1)
+    return x, {k: torch.exp(k) for k in y}
+'''
+LONG = "def f(x):\n" + "".join(f"    if x: x = torch.f{k}(x)\n" for k in range(400)) + "    return x\n"
+
+
+def _hash(text):
+    return identity._bytecode([c for c in compile(text, "here", "exec").co_consts if hasattr(c, "co_code")][0])
+
+
+@pytest.mark.parametrize("text", [BRANCHES, LONG])
+def test_an_import_in_sight_changes_how_calls_are_compiled_and_not_the_hash(text):
+    assert _hash("import torch\n" + text) == _hash(text)
+
+
+@pytest.mark.parametrize("old, new", [("torch.exp(x) if", "torch.exp(x) if not"), ("torch.sub", "torch.add"), ("range(n)", "range(i)"),
+                                      ("while", "if"), ("ValueError", "TypeError"), ("(x, 1)", "(x, 2)")])
+def test_what_a_function_does_changes_it(old, new):
+    assert old in BRANCHES and _hash(BRANCHES.replace(old, new)) != _hash(BRANCHES)
