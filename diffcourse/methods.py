@@ -153,29 +153,30 @@ def train_labels(
 
     Raises: ValueError for what does not fit, or has no classes."""
     flow = _usual_teacher(task, teacher, task.name == "digits")
-    images = task.images("train")
-    _must_have_classes(task, images)
-    usual = _STUDENT | dict(batch=batch, seed=seed)
-    how = task.settings(**usual | settings | machine) | {"steps": steps}
-    told = dict(labels=images.y)
+    images = _with_classes(task)
+    how = _STUDENT | dict(batch=batch, seed=seed) | settings | machine
+    how = task.settings(**how) | {"steps": steps}
+    how |= dict(labels=images.y)
     net = _with_labels(task, images, flow, seed)
     made = [fit(FlowMatching(), net, images,
-                run=task.run(prefix + "flow-labels"), **told | how)]
+                run=task.run(prefix + "flow-labels"), **how)]
     if student_steps:
         den = Denoiser(made[0].net, flow.path, "flow")
-        loss = Distillation(Guided(den, 1.5), draw_steps, ratio=1)
         how |= dict(lr=5e-4, steps=student_steps, drop=0.0)
+        loss = Distillation(Guided(den, 1.5), draw_steps, ratio=1)
         made.append(fit(loss, trainable(den.net), images,
-                        run=task.run(prefix + "guided"), **told | how))
+                        run=task.run(prefix + "guided"), **how))
     return made
 
 # %% ../nbs/70_methods.ipynb #09cb2f6f
-def _must_have_classes(task, images):
+def _with_classes(task):  # -> images
+    images = task.images("train")
     if images.y is None or torch.as_tensor(images.y).ndim != 1:
         raise ValueError(
             f"the images of {task.name} have no classes; take a task "
             "with one label an image, such as digits or mnist28"
         )
+    return images
 
 
 def _with_labels(task, images, flow, seed):  # begins with the flow
@@ -214,10 +215,6 @@ def _learner(task, original, student, seed):  # None: a copy
     return net
 
 # %% ../nbs/70_methods.ipynb #f1857bb3
-_OPTIONS = dict(loss="huber", delta=0.01, weight="plain", alpha=0.5,
-                anchor=0.0, features=0.0)  # of Distillation
-
-
 def train_distilled(
     task: Task,
     prefix: str = "",  # of the runs' names
@@ -238,15 +235,16 @@ def train_distilled(
     _check_student_of(teacher, teacher_steps, target, rules)
     original = task.teacher(teacher or _FLOW, source)
     how = dict(steps=steps, teacher_steps=teacher_steps, target=target)
-    halved = {"rule": rule} if target == "student" else {}
-    made = _stages(task, prefix, original, student_rule, how | halved,
-                   more)
+    how |= {"rule": rule} if target == "student" else {}
+    made = _stages(task, prefix, original, student_rule, how, more)
     if compact_iterations:
         made.append(_compact(task, prefix, original, made[-1], rules[1],
                              steps, compact_iterations, more))
     return made
 
 # %% ../nbs/70_methods.ipynb #1521db04
+_OPTIONS = dict(loss="huber", delta=0.01, weight="plain", alpha=0.5,
+                anchor=0.0, features=0.0)  # of Distillation
 _MORE = _OPTIONS | dict(
     student={},  # its network's changes, {base: 96}; empty: a copy
     iterations=300,  # of each stage
@@ -268,7 +266,7 @@ def _training(task, more):  # what `fit` is told of a student
 def _name(task, prefix, kind, steps):
     return task.run(f"{prefix}{kind}-{steps}")
 
-
+# %% ../nbs/70_methods.ipynb #d50ce0c4
 def _stages(task, prefix, original, rule, how, more):  # -> list of Fit
     options = {k: more[k] for k in _OPTIONS} | {"student_rule": rule}
     learner = _learner(task, original, more["student"], more["seed"])
