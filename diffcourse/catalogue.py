@@ -128,7 +128,7 @@ def missing(
     known = sorted({*known})
     near = difflib.get_close_matches(str(name), known, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else (
-        f"there are {', '.join(known)}" if known else "there is none"
+        f"there are {', '.join(known)}." if known else "there is none."
     )
     return f"no {what} {name!r}: {hint}"
 

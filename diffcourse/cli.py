@@ -55,8 +55,10 @@ def train(
     _must_exist(config)
     values = parameters_of(config, parameter)
     _check_method(method, values)
-    data = task or values.pop("data", "digits")
-    images = task_of(data, size or values.pop("size", 0))
+    data, told = task or values.get("data", "digits"), size
+    if Path(data).exists():  # a task has its own size
+        told = size or values.get("size", 0)
+    images = task_of(data, told)
     from diffcourse import methods
 
     with aside():
@@ -207,6 +209,8 @@ def _fail(error, code):
 
 def _usage(error):  # with the nearest command, and where help is
     text, context = error.format_message(), getattr(error, "ctx", None)
+    if isinstance(error, typer.BadParameter):  # it says enough
+        return text
     known = getattr(getattr(context, "command", None), "commands", {})
     if wrong := re.match(r"No such command '(.*?)'", text):
         text = missing(wrong[1], known, "command")

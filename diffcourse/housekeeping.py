@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from .terminal import Json, N, Name, Size, Steps, aside
-from .terminal import command, loaded, metrics_of, option
-from .terminal import place, refuse, seeds_of, shape_of
-from .terminal import show_table, task_of, tell
+from .terminal import command, found, loaded, metrics_of
+from .terminal import option, place, refuse, seeds_of
+from .terminal import shape_of, show_table, task_of, tell
 
 # %% ../nbs/83_housekeeping.ipynb #ce2766ac
 def _images(task, split):  # nothing is fetched for a look
@@ -90,15 +90,6 @@ Begins = Annotated[str, typer.Argument(help="how their names begin")]
 Run = Annotated[str, typer.Argument(help="RUN, or RUN@IDENTITY")]
 
 
-def _found(name):
-    from diffcourse.catalogue import find
-
-    try:
-        return find(name)
-    except (FileNotFoundError, ValueError) as e:
-        raise refuse("RUN", e) from None
-
-
 def _facts(t):  # of a Training, fit for JSON
     from diffcourse.catalogue import holder
 
@@ -107,7 +98,7 @@ def _facts(t):  # of a Training, fit for JSON
             "mb": round(t.size / 1e6, 1), "newest": t.newest,
             "trained by": holder(t.folder)}
 
-# %% ../nbs/83_housekeeping.ipynb #b8f23366
+
 @command("runs list", "All trainings on this disk.")
 def runs_list(begins: Begins = "", as_json: Json = False):
     from diffcourse.catalogue import trainings
@@ -134,7 +125,7 @@ def _row(f):  # of the table
 def runs_show(run: Run, as_json: Json = False):
     from diffcourse.catalogue import about
 
-    t = _found(run)
+    t = found(run)
     names = sorted(f.name for f in t.folder.iterdir())
     told = about(t.folder)
     facts = _facts(t) | {
@@ -153,7 +144,7 @@ def runs_compare(one: Run, other: Run, as_json: Json = False):
     from diffcourse.catalogue import about
     from diffcourse.identity import differences
 
-    a, b = _found(one), _found(other)
+    a, b = found(one), found(other)
     changes = differences(about(a.folder), about(b.folder))
     if as_json:
         both = [_facts(a), _facts(b)]
@@ -167,7 +158,7 @@ def runs_compare(one: Run, other: Run, as_json: Json = False):
 def runs_follow(run: Run):
     from diffcourse.catalogue import follow
 
-    t = _found(run)
+    t = found(run)
     for e in follow(t.folder):
         print(f"{e['step']} of {t.steps}, loss {e['loss']:.4f}, "
               f"{e['seconds']:.1f} s", flush=True)
@@ -178,7 +169,7 @@ def runs_rm(run: Run, yes: Annotated[bool, option(
         "--yes", help="do not ask")] = False):
     from diffcourse.catalogue import remove
 
-    t = _found(run)
+    t = found(run)
     what = f"{t.name}@{t.identity}, {t.size / 1e6:.1f} MB"
     if not yes:
         typer.confirm(f"Delete {what}?", abort=True, err=True)

@@ -60,7 +60,7 @@ def train_ddpm(
     steps: int = 0,  # iterations; 0: the task's own
     seed: int = 0,  # of the network and the training
 ) -> list[Fit]:  # one
-    """Chapter 2.
+    """A diffusion model, as chapter 2 trains it.
 
     Raises: ValueError for what does not fit."""
     if schedule not in _ROADS:
@@ -83,7 +83,7 @@ def train_flow(
     steps: int = 0,  # iterations; 0: the task's own
     seed: int = 0,  # of the network and the training
 ) -> list[Fit]:  # one
-    """Chapter 4.
+    """A flow, as chapter 4 trains it.
 
     Raises: ValueError for what does not fit."""
     if len(time_law) not in (0, 2):
@@ -123,7 +123,7 @@ def train_meanflow(
     machine: dict = {},  # for this machine: precision, compile
     seed: int = 0,  # of the new layers and the training
 ) -> list[Fit]:  # one
-    """Chapter 7.
+    """MeanFlow from a trained flow, as in chapter 7.
 
     Raises: ValueError for what does not fit."""
     own = task.name == "digits" and not teacher
@@ -149,14 +149,13 @@ def train_labels(
     draw_steps: int = 10,  # of the solver that this one is for
     seed: int = 0,  # of the network and the training
 ) -> list[Fit]:  # the network with labels, and its student
-    """Chapter 9.
+    """A flow that knows labels, and its student, as in chapter 9.
 
     Raises: ValueError for what does not fit, or has no classes."""
     flow = _usual_teacher(task, teacher, task.name == "digits")
     images = _with_classes(task)
     how = _STUDENT | dict(batch=batch, seed=seed) | settings | machine
-    how = task.settings(**how) | {"steps": steps}
-    how |= dict(labels=images.y)
+    how = task.settings(**how) | dict(steps=steps, labels=images.y)
     net = _with_labels(task, images, flow, seed)
     made = [fit(FlowMatching(), net, images,
                 run=task.run(prefix + "flow-labels"), **how)]
@@ -228,7 +227,7 @@ def train_distilled(
     compact_iterations: int = 1200,  # of a smaller student; 0: none
     **more,  # student, iterations, batch, …, loss, delta: see _MORE
 ) -> list[Fit]:  # of all stages, and of the compact student
-    """Chapter 6.
+    """Students of few steps, as chapter 6 trains them.
 
     Raises: ValueError for what does not fit."""
     more, rules = _MORE | more, (rule, student_rule)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'data_app', 'runs_app', 'SOLVERS', 'GRIDS', 'Name', 'N', 'Solver', 'Steps', 'Grid', 'Seeds',
            'Guide', 'Condition', 'Raw', 'Json', 'Size', 'METRICS', 'command', 'aside', 'tell', 'show_table', 'value_of',
-           'refuse', 'made_of', 'seeds_of', 'option', 'parameters_of', 'task_of', 'loaded', 'shape_of', 'guided',
-           'rule_of', 'conditions_of', 'place', 'metrics_of']
+           'refuse', 'made_of', 'seeds_of', 'option', 'parameters_of', 'task_of', 'found', 'loaded', 'shape_of',
+           'guided', 'rule_of', 'conditions_of', 'place', 'metrics_of']
 
 # %% ../nbs/82_terminal.ipynb #03197037
 import contextlib, inspect, json, re, sys, tempfile
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from .catalogue import missing
+from .catalogue import find, missing
 
 # %% ../nbs/82_terminal.ipynb #75317806
 EXAMPLES = {  # command -> as it is typed; the tests run them
@@ -78,7 +78,7 @@ def aside():
 
 
 def tell(
-    as_json: bool,  # as was asked by --json
+    as_json: bool,  # as `--json` asks for it
     value,  # what JSON can hold
     text: str = "",  # the same for a person
 ):
@@ -135,7 +135,7 @@ def refuse(
     return typer.BadParameter(str(message), param_hint=option)
 
 # %% ../nbs/82_terminal.ipynb #250a9e7c
-def _called(option, text):  # "ddim:eta=0.5" -> "ddim", {"eta": 0.5}
+def _called(option, text):  # `ddim:eta=0.5` -> name, options
     name, _, rest = text.partition(":")
     options = {}
     for part in re.split(r",(?![^\[]*\])", rest) if rest else ():
@@ -156,7 +156,7 @@ karras shifted trailing leading linspace""".split()}
 
 def made_of(
     option: str,  # "--solver" or "--grid"
-    text: str,  # "ddim:eta=0.5"
+    text: str,  # such as `ddim:eta=0.5`
     known: dict,  # SOLVERS or GRIDS
     *given,  # what the maker takes beforehand
 ):  # solver or grid
@@ -202,7 +202,7 @@ def seeds_of(
     return seeds
 
 # %% ../nbs/82_terminal.ipynb #bc6e5098
-def option(*names, help):  # of typer
+def option(*names, help):
     "An option by its names, with its line of help."
     return typer.Option(*names, help=help)
 
@@ -275,9 +275,19 @@ def task_of(
     try:
         return task(name, size, **more)
     except (ValueError, FileNotFoundError) as e:
-        raise refuse("--task", e) from None
+        raise refuse("TASK", e) from None
 
 # %% ../nbs/82_terminal.ipynb #5aa63129
+def found(name: str):  # RUN or RUN@IDENTITY -> Training
+    """A training on this disk.
+
+    Raises: typer.BadParameter with the nearest name."""
+    try:
+        return find(name)
+    except (FileNotFoundError, ValueError) as e:
+        raise refuse("RUN", e) from None
+
+# %% ../nbs/82_terminal.ipynb #00f98d7d
 def loaded(
     name: str,  # RUN, RUN@IDENTITY, or a .safetensors file
     raw: bool = False,  # the last weights, not the averaged ones
@@ -287,17 +297,15 @@ def loaded(
     Raises: typer.BadParameter with the nearest name, or for a network
     that draws no images; what `load` raises."""
     import diffcourse as dc
-    from diffcourse.catalogue import find
 
     run, _, identity = name.partition("@")
     known, file = dc._known(), name.endswith(".safetensors")
     if not file and run not in known:
-        raise refuse("NAME", missing(run, known, "run") + "; "
-                      "`diffcourse runs list` shows all")
+        raise refuse("NAME", missing(run, known))
     if raw and (file or identity):
         raise refuse("--raw", f"{name}: name a local run alone")
     if identity:
-        name = str(find(name).folder / "model.safetensors")
+        name = str(found(name).folder / "model.safetensors")
     with aside():
         den = dc.load(name, weights="raw" if raw else "averaged")
     config = getattr(den, "net", None)
@@ -313,7 +321,7 @@ def shape_of(den) -> tuple:  # (C, H, W)
     config = den.net.config()
     return config["channels"], config["size"], config["size"]
 
-
+# %% ../nbs/82_terminal.ipynb #6e424a16
 def guided(
     den,  # of a network with labels
     guide: str,  # "2.0", "c=2.0,rescale=0.7", or nothing
@@ -328,6 +336,9 @@ def guided(
     if "=" not in guide:
         guide = f"scale={guide}"
     _, options = _called("--guide", f":{guide}")
+    if any(isinstance(v, str) for v in options.values()):
+        raise refuse("--guide", f"{guide!r}: a scale such as 2.0 is "
+                     "needed, or scale=2.0,rescale=0.7")
     if "c" in options:
         options["scale"] = options.pop("c")
     try:
@@ -335,9 +346,11 @@ def guided(
     except (TypeError, ValueError) as e:
         raise refuse("--guide", e) from None
 
-# %% ../nbs/82_terminal.ipynb #6e424a16
+# %% ../nbs/82_terminal.ipynb #332b873d
 def rule_of(den, solver: str, steps: int, grid: str) -> tuple:
     "The solver and the grid; none named: what the network is for."
+    if steps < 1:
+        raise refuse("--steps", f"{steps}: 1 or more are needed")
     two = den.net.config().get("second_time")
     solver = solver or ("meanflow" if two else "ab2")
     return (made_of("--solver", solver, SOLVERS),
@@ -388,7 +401,7 @@ _SAYS = {"digits": "fd kid classes memorisation", "faces32": _FACES,
 
 # %% ../nbs/82_terminal.ipynb #a62bf970
 def metrics_of(
-    text: str,  # "fd,kid"; nothing: all that there are
+    text: str,  # `fd,kid`; nothing: all that there are
     task: str,  # name of the task
 ) -> list:  # keys of METRICS
     """What is to be said of samples.
@@ -400,7 +413,7 @@ def metrics_of(
         if m not in known:
             why = missing(m, METRICS, "metric")
             if m in METRICS:
-                why = f"{m!r} is not known of {task}"
-            raise refuse("--metrics", f"{why}; {task} has "
-                          f"{', '.join(known)}")
+                why = f"{m!r} is not known of {task}."
+            raise refuse("--metrics", f"{why} {task} has "
+                         f"{', '.join(known)}")
     return asked

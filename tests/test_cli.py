@@ -211,7 +211,7 @@ WRONG = {  # line -> what the answer names
     "sample digits/flow --solver ddim:eat=1": "eta",
     "sample digits/flow --solver ddim:0.5": "option=value",
     "sample digits/flow --grid unifrom": "'uniform'",
-    "sample digits/flow --steps 0": "0",
+    "sample digits/flow --steps 0": "--steps: 0",
     "sample digits/flow --sed 0:9": "--seeds",
     "sample digits/flow -n 0": "0: 1 or more",
     "sample digits/flow --seeds 9:9": "9:9",
