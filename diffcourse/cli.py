@@ -15,7 +15,8 @@ import typer
 from .catalogue import missing
 from .terminal import METRICS, Condition, Grid, Guide, Json
 from .terminal import N, Name, Raw, Seeds, Size, Solver, Steps
-from .terminal import app, aside, command, conditions_of
+from .terminal import Stopped, app, aside, command
+from .terminal import conditions_of
 from .terminal import guided, loaded, metrics_of, option
 from .terminal import parameters_of, place, refuse, rule_of
 from .terminal import seeds_of, shape_of, task_of, tell
@@ -232,8 +233,8 @@ def main(
         return _fail(_usage(e), e.exit_code)
     except typer.Abort:
         return _fail("stopped, nothing was done", 1)
-    except KeyboardInterrupt as e:
-        return _fail(str(e) or "interrupted", 130)
+    except Stopped as e:
+        return _fail(e, 130)
     except _FAILED as e:
         if os.environ.get("DIFFCOURSE_TRACEBACK"):
             raise

@@ -7,7 +7,7 @@ __all__ = ['Task', 'Begins', 'Run', 'data_info', 'data_show', 'data_prepare', 'r
            'runs_follow', 'runs_rm', 'bench', 'doctor']
 
 # %% ../nbs/83_housekeeping.ipynb #91eddf08
-import dataclasses
+import dataclasses, sys
 from typing import Annotated
 
 import typer
@@ -163,6 +163,11 @@ def runs_follow(run: Run):
         print(f"{e['step']} of {t.steps}, loss {e['loss']:.4f}, "
               f"{e['seconds']:.1f} s", flush=True)
 
+
+def _agreed(question):  # asked beside the results
+    print(question, "[y/N]", end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
 # %% ../nbs/83_housekeeping.ipynb #f276137d
 @command("runs rm", "Delete a training; asks first.")
 def runs_rm(run: Run, yes: Annotated[bool, option(
@@ -171,8 +176,8 @@ def runs_rm(run: Run, yes: Annotated[bool, option(
 
     t = found(run)
     what = f"{t.name}@{t.identity}, {t.size / 1e6:.1f} MB"
-    if not yes:
-        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    if not (yes or _agreed(f"Delete {what}?")):
+        raise typer.Abort
     remove(t)
     print(f"deleted {what}")
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'data_app', 'runs_app', 'SOLVERS', 'GRIDS', 'Name', 'N', 'Solver', 'Steps', 'Grid', 'Seeds',
-           'Guide', 'Condition', 'Raw', 'Json', 'Size', 'METRICS', 'command', 'aside', 'tell', 'show_table', 'value_of',
-           'refuse', 'made_of', 'seeds_of', 'option', 'parameters_of', 'task_of', 'found', 'loaded', 'shape_of',
-           'guided', 'rule_of', 'conditions_of', 'place', 'metrics_of']
+           'Guide', 'Condition', 'Raw', 'Json', 'Size', 'METRICS', 'command', 'Stopped', 'aside', 'tell', 'show_table',
+           'value_of', 'refuse', 'made_of', 'seeds_of', 'option', 'parameters_of', 'task_of', 'found', 'loaded',
+           'shape_of', 'guided', 'rule_of', 'conditions_of', 'place', 'metrics_of']
 
 # %% ../nbs/82_terminal.ipynb #03197037
-import contextlib, inspect, json, re, sys, tempfile
+import contextlib, functools, inspect, json, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +67,28 @@ def command(
     group, _, last = name.rpartition(" ")
     where = {"data": data_app, "runs": runs_app}.get(group, app)
     typed = "\n".join(f"  diffcourse {e}" for e in EXAMPLES[name])
-    return where.command(last, help=f"{help}\n\n\b\nExamples:\n{typed}")
+    help = f"{help}\n\n\b\nExamples:\n{typed}"
+
+    def register(function):
+        where.command(last, help=help)(_heard(function))
+        return function
+
+    return register
+
+# %% ../nbs/82_terminal.ipynb #7d5d406c
+class Stopped(Exception):
+    "Ctrl-C, with what there is to say; exit code 130."
+
+
+def _heard(function):  # typer would drop what Ctrl-C has to say
+    @functools.wraps(function)
+    def carry_out(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt as e:
+            raise Stopped(str(e) or "interrupted") from None
+
+    return carry_out
 
 # %% ../nbs/82_terminal.ipynb #bae5e865
 @contextlib.contextmanager
