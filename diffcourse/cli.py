@@ -210,7 +210,7 @@ def _fail(error, code):
 
 def _usage(error):  # with the nearest command, and where help is
     text, context = error.format_message(), getattr(error, "ctx", None)
-    if isinstance(error, typer.BadParameter):  # it says enough
+    if type(error) is typer.BadParameter:  # it says enough
         return text
     known = getattr(getattr(context, "command", None), "commands", {})
     if wrong := re.match(r"No such command '(.*?)'", text):
@@ -230,6 +230,9 @@ def main(
         return program.main(given, "diffcourse",
                             standalone_mode=False) or 0
     except _WRONG as e:
+        if type(e).__name__ == "NoArgsIsHelpError":
+            print(e.format_message(), file=sys.stderr)
+            return 2
         return _fail(_usage(e), e.exit_code)
     except typer.Abort:
         return _fail("stopped, nothing was done", 1)

@@ -140,12 +140,15 @@ def runs_show(run: Run, as_json: Json = False):
 
 # %% ../nbs/83_housekeeping.ipynb #4dd26837
 @command("runs compare", "What two trainings differ in.")
-def runs_compare(one: Run, other: Run, as_json: Json = False):
+def runs_compare(run: Run, other: Run, as_json: Json = False):
     from diffcourse.catalogue import about
     from diffcourse.identity import differences
 
-    a, b = found(one), found(other)
-    changes = differences(about(a.folder), about(b.folder))
+    a, b = found(run), found(other)
+    one, two = about(a.folder), about(b.folder)
+    changes = [f"{k} ({one.get(k)}, now {two.get(k)})"
+               for k in ("predicts", "path", "net")
+               if one.get(k) != two.get(k)] + differences(one, two)
     if as_json:
         both = [_facts(a), _facts(b)]
         return tell(True, {"runs": both, "differences": changes})
@@ -163,12 +166,12 @@ def runs_follow(run: Run):
         print(f"{e['step']} of {t.steps}, loss {e['loss']:.4f}, "
               f"{e['seconds']:.1f} s", flush=True)
 
-
+# %% ../nbs/83_housekeeping.ipynb #f276137d
 def _agreed(question):  # asked beside the results
     print(question, "[y/N]", end=" ", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
-# %% ../nbs/83_housekeeping.ipynb #f276137d
+
 @command("runs rm", "Delete a training; asks first.")
 def runs_rm(run: Run, yes: Annotated[bool, option(
         "--yes", help="do not ask")] = False):

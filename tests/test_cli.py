@@ -96,6 +96,12 @@ def test_the_script_is_declared():
     assert {"typer", "rich", "pyyaml"} <= {re.match(r"[\w-]+", r)[0] for r in settings["DEFAULT"]["requirements"].split()}
 
 
+def test_no_command_shows_the_help_on_the_other_stream():
+    for line in ("", "runs"):
+        code, out, err = call(line)
+        assert code == 2 and out == "" and err.startswith("Usage: diffcourse") and "Commands:\n" in err
+
+
 # -- the same as the library -------------------------------------------------
 
 def pixels(file):
