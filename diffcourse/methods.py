@@ -38,7 +38,7 @@ def _first(task, loss, name, net, changes, steps, seed):  # -> Fit
     log = dict(seed=seed, log_every=max(1, steps // 60))
     torch.manual_seed(seed)
     return fit(
-        loss, task.net(**net), images, run=task.run(name),
+        loss, task.net(**net), images, task.run(name),
         every=max(1, steps // 6), **log | chosen)
 
 # %% ../nbs/70_methods.ipynb #6a194a2d
@@ -101,6 +101,10 @@ _STUDENT = dict(lr=1e-3, warmup=20, decay=1.0, ema=0.99,
                 weight_decay=0.0)
 
 
+def _named(task, prefix, kind):  # the run of a task
+    return task.run(f"{prefix}{kind}")
+
+
 def _usual_teacher(task, teacher, own):  # as chapters 7 and 9 take it
     source = "shipped" if own else "auto"
     return task.teacher(teacher or _FLOW, source)
@@ -133,8 +137,9 @@ def train_meanflow(
     how = task.settings(**usual | settings | machine)
     how |= dict(steps=steps, log_every=max(1, steps // 30))
     loss = MeanFlowLoss(Intervals(law, share), power=power, c=c)
-    return [fit(loss, with_interval(flow.net, seed), images,
-                run=task.run(prefix + "meanflow"), **how)]
+    name = _named(task, prefix, "meanflow")
+    net = with_interval(flow.net, seed)
+    return [fit(loss, net, images, name, **how)]
 
 # %% ../nbs/70_methods.ipynb #2612e960
 def train_labels(
@@ -157,17 +162,20 @@ def train_labels(
     how = _STUDENT | dict(batch=batch, seed=seed) | settings | machine
     how = task.settings(**how) | dict(steps=steps, labels=images.y)
     net = _with_labels(task, images, flow, seed)
-    made = [fit(FlowMatching(), net, images,
-                run=task.run(prefix + "flow-labels"), **how)]
+    names = [_named(task, prefix, k) for k in _LABELS]
+    made = [fit(FlowMatching(), net, images, names[0], **how)]
     if student_steps:
         den = Denoiser(made[0].net, flow.path, "flow")
         how |= dict(lr=5e-4, steps=student_steps, drop=0.0)
         loss = Distillation(Guided(den, 1.5), draw_steps, ratio=1)
-        made.append(fit(loss, trainable(den.net), images,
-                        run=task.run(prefix + "guided"), **how))
+        pupil = trainable(den.net)
+        made.append(fit(loss, pupil, images, names[1], **how))
     return made
 
 # %% ../nbs/70_methods.ipynb #09cb2f6f
+_LABELS = "flow-labels", "guided"  # the runs
+
+
 def _with_classes(task):  # -> images
     images = task.images("train")
     if images.y is None or torch.as_tensor(images.y).ndim != 1:
@@ -262,16 +270,17 @@ def _training(task, more):  # what `fit` is told of a student
     return task.settings(**how) | {"every": every}
 
 
-def _name(task, prefix, kind, steps):
-    return task.run(f"{prefix}{kind}-{steps}")
+def _few(kind, steps):  # the name of a student
+    return f"{kind}-{steps}"
 
 # %% ../nbs/70_methods.ipynb #d50ce0c4
 def _stages(task, prefix, original, rule, how, more):  # -> list of Fit
     options = {k: more[k] for k in _OPTIONS} | {"student_rule": rule}
     learner = _learner(task, original, more["student"], more["seed"])
+    name = _named(task, prefix, _few("distilled", how["steps"]))
     return distill(
         original, task.images("train"), student=learner,
-        run=_name(task, prefix, "distilled", how["steps"]),
+        run=name,
         iterations=more["iterations"], settings=_training(task, more),
         **options | how)[1]
 
@@ -285,8 +294,8 @@ def _compact(task, prefix, original, full, rule, steps, n, more):
     loss = Distillation(den, steps, 1, rule, **same)
     how = _training(task, more)
     how |= dict(lr=2 * how["lr"], steps=n)
-    return fit(loss, net, task.images("train"),
-               run=_name(task, prefix, "compact", steps), **how)
+    name = _named(task, prefix, _few("compact", steps))
+    return fit(loss, net, task.images("train"), name, **how)
 
 # %% ../nbs/70_methods.ipynb #6a2f6334
 @dataclass(frozen=True)
