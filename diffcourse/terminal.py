@@ -121,8 +121,9 @@ def show_table(
     table, file = Table(*head, box=box.SIMPLE_HEAD), sys.stdout
     for row in rows:
         table.add_row(*["" if c is None else str(c) for c in row])
-    wide = {} if file.isatty() else {"width": 200}
-    console = Console(file=file, highlight=False, markup=False, **wide)
+    plain = dict(width=200, color_system=None, force_jupyter=False)
+    console = Console(file=file, highlight=False, markup=False,
+                      **({} if file.isatty() else plain))
     for line in _rendered(console, table):
         print(line)
 

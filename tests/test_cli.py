@@ -162,30 +162,31 @@ CELLS = {  # method -> parameters at a small size; cells of the chapter that che
 }
 
 
-def chapter(page, given, ids):
-    """Carry out those cells of a notebook that define, declare and train."""
-    names, codes = {"__name__": "chapter"}, ids.split()
+def script(page, given, ids):
+    """The cells of a notebook that import, define and declare, and those named, as one program: a chapter without its lesson."""
+    codes, program = ids.split(), []
     for cell in json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text())["cells"]:
         text, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
-        if cell["cell_type"] != "code" or text.startswith("#| hide"):
+        if cell["cell_type"] != "code" or text.startswith("#| hide") or "by-hand" in tags:
             continue
-        imports = re.search(r"(?m)^(import|from) ", text) and "matplotlib.pyplot" not in text and "by-hand" not in tags
-        if "parameters" in tags or cell["id"] in codes or text.startswith("#| export") or (imports and not re.search(r"(?m)^\w+ = ", text)):
-            exec(compile(text, cell["id"], "exec"), names)
+        imports = re.match(r"(import|from) ", text) and not re.search(r"(?m)^\w+ = ", text)
+        if imports or "parameters" in tags or text.startswith("#| export") or cell["id"] in codes:
+            program.append(text)
         if "parameters" in tags:
-            names |= given
-        if "held" not in names and "path" not in names:
-            names |= {"path": dc.Linear(), "held": torch.zeros(2, 2, 1, 8, 8)}
+            program += [f"{k} = {v!r}" for k, v in given.items()]
+            program.append("import torch\nfrom diffcourse.paths import Linear\npath, held = Linear(), torch.zeros(2, 2, 1, 8, 8)")
         codes = [c for c in codes if c != cell["id"]]
     assert not codes
+    return "\n\n".join(program)
 
 
 @pytest.mark.parametrize("method", CELLS)
 def test_train_makes_the_run_of_the_chapter(method, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFCOURSE_HOME", str(tmp_path))
     given, ids = CELLS[method]
-    with contextlib.redirect_stdout(io.StringIO()):
-        chapter(methods.METHODS[method].page, given, ids)
+    (tmp_path / "chapter.py").write_text(script(methods.METHODS[method].page, given, ids))
+    done = subprocess.run([sys.executable, tmp_path / "chapter.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     before = {(t.name, t.identity) for t in trainings()}
     (tmp_path / "given.yaml").write_text(yaml.safe_dump({**given, "samples": 100}))
     code, out, err = call(f"train {method} --task digits -f {tmp_path / 'given.yaml'} --json")
