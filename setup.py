@@ -19,5 +19,5 @@ setup(
     package_data={settings["lib_path"]: ["weights/**/*", "results/**/*"]},
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
-    entry_points={"nbdev": ["diffcourse=diffcourse._modidx:d"]},
+    entry_points={"nbdev": ["diffcourse=diffcourse._modidx:d"], "console_scripts": settings["console_scripts"].split()},
 )

@@ -50,6 +50,16 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_of_the_book(wheel):
     assert sorted(names) == sorted(p.relative_to(ROOT).as_posix() for p in wanted)
 
 
+def test_wheel_brings_the_command(wheel, installed, tmp_path):
+    archive = zipfile.ZipFile(wheel)
+    entries = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
+    assert "[console_scripts]\ndiffcourse = diffcourse.cli:main" in entries
+    script = next((installed / "bin").glob("diffcourse*"))
+    for command in ([script], ["-m", "diffcourse"]):
+        done = python(*command, "--help", cwd=tmp_path, path=installed)
+        assert done.returncode == 0 and done.stdout.startswith("Usage: diffcourse"), done.stderr
+
+
 def test_wheel_works_where_nothing_of_the_checkout_is(installed, tmp_path):
     script = "import diffcourse; print(diffcourse.__file__); print(float(diffcourse.Linear().alpha(0.25)))"
     done = python("-c", script, cwd=tmp_path, path=installed)
