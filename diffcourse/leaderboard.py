@@ -128,6 +128,12 @@ def _methods(folder, when):  # read again where a file has changed
     return made
 
 
+def _full(records):  # as many of both kinds as the rule needs
+    kinds = [{r[k] for r in records} for k in ("train_seed", "seeds")]
+    cells = math.prod(map(len, kinds))
+    return min(map(len, kinds)) >= LEAST and cells == len(records)
+
+# %% ../nbs/08_leaderboard.ipynb #1bc48581
 def _same_cost(records):  # of a training that was made more than once
     groups = {}
     for r in records:
@@ -136,12 +142,6 @@ def _same_cost(records):  # of a training that was made more than once
         seconds = statistics.median(r["total_seconds"] for r in same)
         for r in same:
             r["total_seconds"] = seconds
-
-
-def _full(records):  # as many of both kinds as the rule needs
-    kinds = [{r[k] for r in records} for k in ("train_seed", "seeds")]
-    cells = math.prod(map(len, kinds))
-    return min(map(len, kinds)) >= LEAST and cells == len(records)
 
 # %% ../nbs/08_leaderboard.ipynb #90df18b0
 def ranked(

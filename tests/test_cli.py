@@ -174,6 +174,7 @@ def script(page, given, ids):
             program.append(text)
         if "parameters" in tags:
             program.append("\n".join(f"{k} = {v!r}" for k, v in given.items()))
+        if cell["id"] == ids.split()[0]:  # which checks the parameters; what its lesson made and its training reads
             program.append("import torch\nfrom diffcourse.paths import Linear\npath, held = Linear(), torch.zeros(2, 2, 1, 8, 8)")
         codes = [c for c in codes if c != cell["id"]]
     assert not codes
