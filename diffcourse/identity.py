@@ -49,9 +49,10 @@ def _steps(code):  # the instructions, with what they refer to
 def _bytecode(code):  # a hash of all that the code does
     steps, before = _read(code)
     instructions = [_instruction(i, before) for i in steps]
+    before[len(code.co_code)] = len(steps)
     caught = [
-        [*(before.get(k, len(steps)) for k in (e.start, e.end, e.target)),
-         e.depth, e.lasti]
+        [before[e.start], before[e.end], before[e.target], e.depth,
+         e.lasti]
         for e in dis.Bytecode(code).exception_entries
     ]
     names = code.co_varnames[: _arguments(code)]
@@ -60,6 +61,11 @@ def _bytecode(code):  # a hash of all that the code does
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _arguments(code):  # how many, with *args and **kwargs
+    stars = bool(code.co_flags & 4) + bool(code.co_flags & 8)
+    return code.co_argcount + code.co_kwonlyargcount + stars
+
+# %% ../nbs/37_identity.ipynb #1904d77d
 def _instruction(i, before):  # as plain data
     if i.opcode in dis.hasconst:
         return _constant(i.argval)
@@ -71,11 +77,6 @@ def _instruction(i, before):  # as plain data
 
 
 _JUMPS = {*dis.hasjrel, *dis.hasjabs}
-
-
-def _arguments(code):  # how many, with *args and **kwargs
-    stars = bool(code.co_flags & 4) + bool(code.co_flags & 8)
-    return code.co_argcount + code.co_kwonlyargcount + stars
 
 # %% ../nbs/37_identity.ipynb #efd1de5a
 def _is_library(module: str) -> bool:  # Python's, or installed
