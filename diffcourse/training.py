@@ -169,10 +169,12 @@ def _batches(data, s, start, acc):  # -> (B, …), where they are used
     )
     if acc.num_processes == 1:
         return ahead(rows, acc.device)
-    own = processes.own_rows(
+    local = processes.local_rows(
         s.batch, s.accumulate, acc.process_index, acc.num_processes
     )
-    return processes.only_own(ahead, rows, own, s.batch, acc.device)
+    return processes.local_batches(
+        ahead, rows, local, s.batch, acc.device
+    )
 
 # %% ../nbs/15_training.ipynb #d61868a3
 def _train(loss, state, data, acc, progress, how):

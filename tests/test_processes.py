@@ -29,7 +29,7 @@ def environment(home):
     return os.environ | {"OMP_NUM_THREADS": "1", "DIFFCOURSE_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
-def start(plan, count, home):
+def carry_out(plan, count, home):
     "Run a plan to its end; what each process told, in the order of the processes."
     out = subprocess.run(command(plan, count), env=environment(home), capture_output=True, text=True, timeout=170)
     lines = sorted(line for line in out.stdout.splitlines() if line.startswith("rank "))
@@ -58,20 +58,20 @@ def test_shares_are_all_rows_once_and_equal_to_a_row(n, count):
     assert rows == list(range(n)) and max(sizes) - min(sizes) <= 1
 
 
-def test_own_rows_are_a_share_of_each_micro_batch():
-    own = [processes.own_rows(12, 3, k, 2).tolist() for k in range(2)]
-    assert own == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+def test_local_rows_are_a_share_of_each_micro_batch():
+    each = [processes.local_rows(12, 3, k, 2).tolist() for k in range(2)]
+    assert each == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
 
-def test_only_own_rows_are_read():
-    asked, rows = [], processes.own_rows(6, 1, 1, 2)
+def test_local_batches_rows_are_read():
+    asked, rows = [], processes.local_rows(6, 1, 1, 2)
 
     def ahead(plan, device):
         for indices in plan:
             asked.append(indices.tolist())
             yield torch.from_numpy(indices).float()
 
-    (batch,) = processes.only_own(ahead, [np.arange(10, 16)], rows, 6, torch.device("cpu"))
+    (batch,) = processes.local_batches(ahead, [np.arange(10, 16)], rows, 6, torch.device("cpu"))
     assert asked == [[13, 14, 15]] and batch.tolist() == [0, 0, 0, 13, 14, 15]
 
 
@@ -95,7 +95,7 @@ def plan():
 @pytest.fixture(scope="module")
 def alone(plan, tmp_path_factory):
     home = tmp_path_factory.mktemp("alone")
-    out, told = start(plan, 1, home)
+    out, told = carry_out(plan, 1, home)
     assert out.returncode == 0, out.stderr
     return home, told[0]
 
@@ -103,7 +103,7 @@ def alone(plan, tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request, plan, tmp_path_factory):
     home = tmp_path_factory.mktemp("together")
-    out, told = start(plan, request.param, home)
+    out, told = carry_out(plan, request.param, home)
     assert out.returncode == 0, out.stderr
     return home, told, out.stdout
 
@@ -127,8 +127,8 @@ def test_every_process_has_the_same_average(together):
 
 
 def test_only_the_first_process_speaks(together):
-    _, _, said = together
-    assert len(re.findall(r"^flow: trained · 50 iterations", said, re.M)) == 1
+    _, _, lines = together
+    assert len(re.findall(r"^flow: trained · 50 iterations", lines, re.M)) == 1
 
 
 def test_images_do_not_depend_on_the_number_of_processes(alone, together):
@@ -140,14 +140,14 @@ def test_images_do_not_depend_on_the_number_of_processes(alone, together):
 
 def test_a_process_that_fails_stops_all_with_its_traceback(tmp_path):
     begin = time.monotonic()
-    out, _ = start([dict(loss="broken")], 2, tmp_path)
+    out, _ = carry_out([dict(loss="broken")], 2, tmp_path)
     assert out.returncode == 1 and time.monotonic() - begin < 60
     assert "ArithmeticError: process 1 is broken" in out.stderr and "in __call__" in out.stderr
 
 
-def until(found, seconds=60):
+def until(happened, seconds=60):
     end = time.monotonic() + seconds
-    while not found():
+    while not happened():
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.05)
 
@@ -155,7 +155,7 @@ def until(found, seconds=60):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     home = tmp_path_factory.mktemp("undisturbed")
-    out, _ = start([dict(loss="slow", steps=40)], 1, home)
+    out, _ = carry_out([dict(loss="slow", steps=40)], 1, home)
     assert out.returncode == 0, out.stderr
     return trained(home, "slow")
 
@@ -166,12 +166,12 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(undisturbed, tmp_
     p = subprocess.Popen(command(plan, count), env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: any(len(f.read_text().splitlines()) >= 4 for f in tmp_path.glob("runs/slow/*/log.jsonl")))
     p.send_signal(signal.SIGTERM)
-    said, error = p.communicate(timeout=60)
+    lines, error = p.communicate(timeout=60)
     assert p.returncode == processes.AGAIN == 75, error
-    done = int(re.search(r"stopped after iteration (\d+), which is saved", said)[1])
+    done = int(re.search(r"stopped after iteration (\d+), which is saved", lines)[1])
     (state,) = tmp_path.glob("runs/slow/*/state.safetensors")
     assert runs.load_meta(state)["step"] == done < 40
-    out, told = start(plan, then, tmp_path)
+    out, told = carry_out(plan, then, tmp_path)
     assert out.returncode == 0 and told[0][0]["status"] == "resumed", out.stderr
     assert f"going on from iteration {done} of 40" in out.stdout
     assert re.search(rf"begun with {count} process.*, goes on with {then} process", out.stdout)
@@ -183,7 +183,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(undisturbed, tmp_
 def test_minutes_end_with_the_code_that_asks_for_more(tmp_path):
     plan = [dict(loss="slow", steps=10_000, log_every=1000, minutes=0.01)]
     for _ in range(2):
-        out, _ = start(plan, 2, tmp_path)
+        out, _ = carry_out(plan, 2, tmp_path)
         assert out.returncode == processes.AGAIN and "which is saved" in out.stdout, out.stderr
     assert "going on from iteration" in out.stdout
 
