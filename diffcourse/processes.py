@@ -237,12 +237,11 @@ def gathered(
     from accelerate.utils import gather_object
 
     rank, count = rank_and_count()
+    if count > 1:
+        accelerator()  # so that they know each other
     rows = share_of(n, rank, count)
     made = [make(rows)] if rows.stop > rows.start else []
-    if count == 1:
-        return made
-    accelerator()
-    return gather_object(made)
+    return made if count == 1 else gather_object(made)
 
 # %% ../nbs/61_processes.ipynb #71631c91
 def sample_together(
