@@ -115,7 +115,8 @@ def test_several_processes_train_as_one(alone, together, run):
     assert one.name == other.name
     assert len(log) == len(lines) == (50 if run == "flow" else 10)
     gaps = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(log, lines)]
-    assert max(gaps) <= 1e-6
+    small = run in ("distilled", "consistency")  # losses that are differences of nearly equal numbers
+    assert max(gaps) <= (1e-5 if small else 1e-6)
     assert distance(state, same) <= 1e-5
     assert "waiting" in lines[-1] and "waiting" not in log[-1]
 
