@@ -86,31 +86,40 @@ def test_samples_together_need_a_seed_each():
         processes.sample_together(None, (1,), seeds=0)
 
 
-@pytest.fixture(scope="module")
-def plan():
-    flow = [dict(steps=50), dict(run="micro", accumulate=3, batch=18), dict(labels=True)]
-    return [*flow, *(dict(loss=name) for name in LOSSES[1:]), "sample"]
+FLOW = [dict(steps=50), dict(run="micro", accumulate=3, batch=18), dict(labels=True)]
+PLAN = [*FLOW, *(dict(loss=name) for name in LOSSES[1:]), "sample"]
+SLOW = dict(loss="slow", steps=40)
+RUNS = ["flow", "micro", "flow-labels", *LOSSES[1:]]
 
 
 @pytest.fixture(scope="module")
-def alone(plan, tmp_path_factory):
+def alone(tmp_path_factory):
     home = tmp_path_factory.mktemp("alone")
-    out, told = carry_out(plan, 1, home)
+    out, told = carry_out([SLOW, *PLAN], 1, home)
     assert out.returncode == 0, out.stderr
     return home, told[0]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request, plan, tmp_path_factory):
-    home = tmp_path_factory.mktemp("together")
-    out, told = carry_out(plan, request.param, home)
+def several(count, plan, home):
+    out, told = carry_out(plan, count, home)
     assert out.returncode == 0, out.stderr
     return home, told, out.stdout
 
 
-@pytest.mark.parametrize("run", ["flow", "micro", "flow-labels", *LOSSES[1:]])
-def test_several_processes_train_as_one(alone, together, run):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return several(2, PLAN, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return several(3, [PLAN[0], PLAN[-1]], tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.parametrize("count, run", [*((2, run) for run in RUNS), (3, "flow")])
+def test_several_processes_train_as_one(request, alone, count, run):
     "The loss of every iteration to 1e-6, the weights to 1e-5; and under the same identity."
+    together = request.getfixturevalue({2: "two", 3: "three"}[count])
     (one, state, log), (other, same, lines) = (trained(home, run) for home in (alone[0], together[0]))
     assert one.name == other.name
     assert len(log) == len(lines) == (50 if run == "flow" else 10)
@@ -121,22 +130,22 @@ def test_several_processes_train_as_one(alone, together, run):
     assert "waiting" in lines[-1] and "waiting" not in log[-1]
 
 
-def test_every_process_has_the_same_average(together):
-    _, told, _ = together
-    assert all(t == told[0] for t in told)
-    assert {t["status"] for t in told[0][:-1]} == {"trained"}
+def test_every_process_has_the_same_average(two, three):
+    for _, told, _ in (two, three):
+        assert all(t == told[0] for t in told)
+        assert {t["status"] for t in told[0][:-1]} == {"trained"}
 
 
-def test_only_the_first_process_speaks(together):
-    _, _, lines = together
-    assert len(re.findall(r"^flow: trained · 50 iterations", lines, re.M)) == 1
+def test_only_the_first_process_speaks(two):
+    assert len(re.findall(r"^flow: trained · 50 iterations", two[2], re.M)) == 1
 
 
-def test_images_do_not_depend_on_the_number_of_processes(alone, together):
-    one, several = alone[1][-1], together[1][0][-1]
-    assert one["nfe"] == several["nfe"] == 10 and one["states"] == several["states"] == [11, 7, 1, 4, 4]
-    for key in ("x", "means"):
-        assert torch.allclose(torch.tensor(one[key]), torch.tensor(several[key]), rtol=0, atol=1e-5)
+def test_images_do_not_depend_on_the_number_of_processes(alone, two, three):
+    one = alone[1][-1]
+    for _, told, _ in (two, three):
+        assert told[0][-1]["nfe"] == one["nfe"] == 10 and told[0][-1]["states"] == one["states"] == [11, 7, 1, 4, 4]
+        for key in ("x", "means"):
+            assert torch.allclose(torch.tensor(one[key]), torch.tensor(told[0][-1][key]), rtol=0, atol=1e-5)
 
 
 def test_a_process_that_fails_stops_all_with_its_traceback(tmp_path):
@@ -153,18 +162,8 @@ def until(happened, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    home = tmp_path_factory.mktemp("undisturbed")
-    out, _ = carry_out([dict(loss="slow", steps=40)], 1, home)
-    assert out.returncode == 0, out.stderr
-    return trained(home, "slow")
-
-
-@pytest.mark.parametrize("count, then", [(2, 1), (1, 2)])
-def test_sigterm_saves_and_another_number_of_processes_goes_on(undisturbed, tmp_path, count, then):
-    plan = [dict(loss="slow", steps=40)]
-    p = subprocess.Popen(command(plan, count), env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_sigterm_saves_and_another_number_of_processes_goes_on(alone, tmp_path):
+    p = subprocess.Popen(command([SLOW], 2), env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: any(len(f.read_text().splitlines()) >= 4 for f in tmp_path.glob("runs/slow/*/log.jsonl")))
     p.send_signal(signal.SIGTERM)
     lines, error = p.communicate(timeout=60)
@@ -172,32 +171,40 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(undisturbed, tmp_
     done = int(re.search(r"stopped after iteration (\d+), which is saved", lines)[1])
     (state,) = tmp_path.glob("runs/slow/*/state.safetensors")
     assert runs.load_meta(state)["step"] == done < 40
-    out, told = carry_out(plan, then, tmp_path)
+    out, told = carry_out([SLOW], 1, tmp_path)
     assert out.returncode == 0 and told[0][0]["status"] == "resumed", out.stderr
     assert f"going on from iteration {done} of 40" in out.stdout
-    assert re.search(rf"begun with {count} process.*, goes on with {then} process", out.stdout)
-    folder, tensors, log = trained(tmp_path, "slow")
-    assert folder.name == undisturbed[0].name and len(log) == 40
-    assert distance(tensors, undisturbed[1]) <= 1e-5
+    assert re.search("begun with 2 processes and.*, goes on with 1 process and", out.stdout)
+    (folder, tensors, log), (same, want, _) = trained(tmp_path, "slow"), trained(alone[0], "slow")
+    assert folder.name == same.name and len(log) == 40
+    assert distance(tensors, want) <= 1e-5
 
 
 def test_minutes_end_with_the_code_that_asks_for_more(tmp_path):
     plan = [dict(loss="slow", steps=10_000, log_every=1000, minutes=0.01)]
-    for _ in range(2):
-        out, _ = carry_out(plan, 2, tmp_path)
-        assert out.returncode == processes.AGAIN and "which is saved" in out.stdout, out.stderr
-    assert "going on from iteration" in out.stdout
+    out, _ = carry_out(plan, 1, tmp_path)
+    assert out.returncode == processes.AGAIN and "which is saved" in out.stdout, out.stderr
 
 
-def test_networks_that_differ_are_refused(tmp_path):
-    script = tmp_path / "unseeded.py"
-    script.write_text(
-        "import os, torch\nfrom diffcourse import fit, UNet\nfrom diffcourse.flow_matching import FlowMatching\n"
-        "torch.manual_seed(int(os.environ['RANK']))\nnet = UNet(size=4, base=16, mults=(1,), attention=())\n"
-        "fit(FlowMatching(), net, torch.zeros(8, 1, 4, 4), 'unseeded', 3, batch=8)\n")
-    out = subprocess.run(command([], 2, script=script), env=environment(tmp_path), capture_output=True, text=True, timeout=100)
-    assert out.returncode == 1 and "the processes train ['" in out.stderr and "torch.manual_seed(0) is missing" in out.stderr
-    assert not list(tmp_path.glob("runs/unseeded/*/state.safetensors"))
+def test_processes_that_would_train_different_networks_are_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda names: [*names, "b"])
+    processes.check_same(None, "b")
+    with pytest.raises(RuntimeError, match=r"\['a', 'b'\].*torch.manual_seed\(0\) is missing"):
+        processes.check_same(None, "a")
+
+
+@pytest.mark.parametrize("code, error", [(75, processes.Stopped), (130, KeyboardInterrupt), (1, RuntimeError)])
+def test_how_processes_ended_is_told(monkeypatch, code, error):
+    monkeypatch.setattr(processes, "_run", lambda *a: (code, ["ArithmeticError: broken\n"]))
+    with pytest.raises(error) as raised:
+        processes.launch({}, 2)
+    assert code != 1 or "exit code 1:\nArithmeticError: broken" in str(raised.value)
+    assert code != 75 or raised.value.code == 75
+
+
+def test_what_cannot_be_handed_over_is_refused():
+    with pytest.raises(TypeError, match="num_processes=.*handed to other processes"):
+        processes.launch({"loss": (k for k in range(3))}, 2)
 
 
 NOTEBOOK = """
@@ -231,10 +238,3 @@ def test_a_notebook_starts_processes_and_reads_the_run(tmp_path):
     assert "trained · 6 iterations" in out.stdout and "fp32 on 2 x cpu" in out.stdout
     about = json.loads(next(tmp_path.glob("runs/notebook/*/run.json")).read_text())
     assert about["processes"] == 2
-
-
-def test_what_processes_say_when_they_fail_reaches_the_notebook(tmp_path):
-    source = NOTEBOOK.replace("    t, eps =", "    assert False, 'this loss is broken'\n    t, eps =")
-    out = subprocess.run([sys.executable, "-"], input=source, env=environment(tmp_path), capture_output=True, text=True, timeout=120)
-    assert out.returncode == 1
-    assert "RuntimeError: 2 processes ended with exit code 1" in out.stderr and "this loss is broken" in out.stderr
