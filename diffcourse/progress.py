@@ -79,19 +79,29 @@ def say(progress, line):  # in a notebook in place of the last line
 # %% ../nbs/40_progress.ipynb #c421a4e8
 @contextlib.contextmanager
 def interruptible():
-    "Turn the first Ctrl-C into a flag; the second works as usual."
-    asked, before = [], signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before in (None, signal.SIG_IGN):  # none comes here
-        yield asked
-        return
+    "Turn Ctrl-C and SIGTERM into a flag; a second Ctrl-C works."
+    asked, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s)
+                  for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(number, frame):
         asked.append(number)
-        signal.signal(number, before)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
-    signal.signal(signal.SIGINT, handler)
+    for number, now in before.items():
+        if _ends_it(number, now):
+            signal.signal(number, handler)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, then in before.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, then)
+
+
+def _ends_it(number, handler):  # what nobody else is waiting for
+    if number == signal.SIGTERM:
+        return handler is signal.SIG_DFL
+    return handler not in (None, signal.SIG_IGN)

@@ -7,14 +7,14 @@ __all__ = ['run_identity', 'Fit', 'fit']
 
 # %% ../nbs/15_training.ipynb #029e52cb
 import contextlib, copy, dataclasses, functools, json, math
-import os, shutil, time
+import os, shutil, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import checkpoints, runs
+from . import checkpoints, processes, runs
 from .averages import EMA
 from .data import Samples, as_data
 from .draws import DROPOUT, Draws, flip, plan, told_labels
@@ -162,46 +162,81 @@ def _flips(data):
     return getattr(data, "flip", False)
 
 
-def _batches(data, s, start, device):  # -> (B, …), where they are used
+def _batches(data, s, start, acc):  # -> (B, …), where they are used
     rows = plan(s.seed, s.batch, len(data), start, s.steps)
     ahead = getattr(
         data, "ahead", functools.partial(Samples.ahead, data)
     )
-    return ahead(rows, device)
+    if acc.num_processes == 1:
+        return ahead(rows, acc.device)
+    local = processes.local_rows(
+        s.batch, s.accumulate, acc.process_index, acc.num_processes
+    )
+    return processes.local_batches(
+        ahead, rows, local, s.batch, acc.device
+    )
 
 # %% ../nbs/15_training.ipynb #d61868a3
 def _train(loss, state, data, acc, progress, how):
     s, writer = state.s, checkpoints.Writer()
-    method = acc.prepare(_Method(state.net, loss))
-    method = compiled(method) if s.compile else method
-    last = saved = time.perf_counter()
+    last = state.saved = time.perf_counter()
+    end = last + 60 * (how.minutes or math.inf)
     with _careful(state, progress, writer) as asked:
-        for x in _batches(data, s, state.step, acc.device):
-            value = _iterate(method, state, x, _flips(data), acc)
+        method, team, heard = _begun(loss, state, acc, asked)
+        for x in _batches(data, s, state.step, acc):
+            value = _iterate(method, state, x, _flips(data), team)
             rate = learning_rate(state.step - 1, s)
             progress(state.step, value, rate)
             now, done = time.perf_counter(), state.step == s.steps
             state.seconds, last = state.seconds + now - last, now
+            if now > end:
+                asked.append(None)
             if done or state.step % s.log_every == 0:
                 _must_be_finite(state)
-                _log(state)
+                _log(state, team)
             failed = _leave(state, how)
-            stop = bool(asked)  # looked at once: what stops is saved
-            due = checkpoints.is_due(
-                now - saved, writer.blocked, how.save_every
-            )
-            if stop or done or due or failed:
-                _must_be_finite(state)
-                writer.save(state.file, *checkpoints.pack(state))
-                saved = time.perf_counter()
+            stop = bool(heard)  # looked at once: what stops is saved
+            _save(state, writer, now, how, stop or done or failed)
             if failed:
                 raise failed
             if stop and not done:
-                raise KeyboardInterrupt(_STOPPED.format(state.step))
+                writer.wait()
+                acc.wait_for_everyone()  # who leaves first ends all
+                raise _stopped(state, heard)
+        _publish(state)
+
+# %% ../nbs/15_training.ipynb #61aa0002
+def _begun(loss, state, acc, asked):  # -> method, accelerator, signals
+    method, several = _Method(state.net, loss), acc.num_processes > 1
+    if not several:
+        method = acc.prepare(method)
+    method = compiled(method) if state.s.compile else method
+    if not several:
+        return method, acc, asked
+    team = processes.Team(
+        acc, method, state.net, state.s.seed, _seed_dropout, asked
+    )
+    return team, team, team.heard
+
+
+def _save(state, writer, now, how, must):
+    due = checkpoints.is_due(
+        now - state.saved, writer.blocked, how.save_every
+    )
+    if state.first and (must or due):
+        _must_be_finite(state)
+        writer.save(state.file, *checkpoints.pack(state))
+        state.saved = time.perf_counter()
+
+
+def _publish(state):
+    if state.first:
         checkpoints.publish(state, "model")
 
 # %% ../nbs/15_training.ipynb #ce3a3f4f
 def _leave(state, how):  # -> what went wrong, or None
+    if not state.first:
+        return None
     if how.keep_every and state.step % how.keep_every == 0:
         _must_be_finite(state)
         checkpoints.keep(state)
@@ -223,27 +258,43 @@ def _glance(state, look):  # a preview costs no training
         print(f"no preview of this network: {type(e).__name__}: {e}")
 
 # %% ../nbs/15_training.ipynb #ee2f5a71
-def _log(state):
+def _log(state, team):
     rate = state.s.batch * state.step / max(state.seconds, 1e-9)
-    checkpoints.write_log(
-        state,
-        loss=float(state.total) / state.count,
-        lr=learning_rate(state.step - 1, state.s),
-        grad_norm=float(state.norm),
-        seconds=round(state.seconds, 3),
-        images_per_second=round(rate, 1),
-        peak_mb=round(
-            runs.peak_mb(next(state.net.parameters()).device)
-        ),
-    )
+    if state.first:
+        checkpoints.write_log(
+            state,
+            loss=float(state.total) / state.count,
+            lr=learning_rate(state.step - 1, state.s),
+            grad_norm=float(state.norm),
+            seconds=round(state.seconds, 3),
+            images_per_second=round(rate, 1),
+            peak_mb=round(
+                runs.peak_mb(next(state.net.parameters()).device)
+            ),
+            **_waiting(team),
+        )
     state.total, state.count = 0.0, 0
 
 
+def _waiting(team):  # seconds of adding up gradients, where it is done
+    seconds = getattr(team, "waiting", None)
+    return {} if seconds is None else {"waiting": round(seconds, 3)}
+
+# %% ../nbs/15_training.ipynb #61aa0003
 _STOPPED = (
     "stopped after iteration {}, which is saved; the same call goes on "
     "from there, if its network starts from the same weights "
     "(torch.manual_seed before it is made)"
 )
+
+
+def _stopped(state, heard):  # Ctrl-C, or SIGTERM and the end of time
+    message = _STOPPED.format(state.step)
+    if signal.SIGINT in heard:
+        return KeyboardInterrupt(message)
+    if state.first:
+        print(message)
+    return processes.Stopped(message)
 
 # %% ../nbs/15_training.ipynb #467ff14c
 def run_identity(
@@ -270,28 +321,22 @@ def _prepare(steps, settings, data, acc):  # -> all three, resolved
     data = as_data(data)
     if len(data) == 0:
         raise ValueError(f"the data set {data!r} is empty")
-    acc = _single(acc)
+    acc = _plain(acc)
+    processes.check_batch(s.batch, s.accumulate, acc.num_processes)
     precision = choose(s.precision, acc.device)
     return dataclasses.replace(s, precision=precision), data, acc
 
 # %% ../nbs/15_training.ipynb #20516ee8
-def _single(acc):  # an Accelerator that adds nothing of its own
-    from accelerate import Accelerator
-
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        acc = acc or Accelerator()  # shares the state of one there
-        world = acc.num_processes
-    if world > 1:
-        raise RuntimeError(
-            f"{world} processes were started: fit trains in one. Start "
-            "it without torchrun or accelerate launch"
-        )
+def _plain(acc):  # an Accelerator that adds nothing of its own
+    acc = processes.accelerator(acc)
     backend = str(acc.state.dynamo_plugin.backend).rpartition(".")[2]
+    kind = acc.distributed_type.lower()
+    if acc.num_processes > 1 and kind.startswith("multi_"):
+        kind = "no"  # a process a device, as torchrun starts them
     for name, value, setting in (
         ("mixed_precision", acc.mixed_precision, "precision"),
         ("dynamo_backend", backend.lower(), "compile"),
-        ("distributed_type", acc.distributed_type.lower(), "nothing"),
+        ("distributed_type", kind, "nothing"),
     ):
         if value != "no":
             raise ValueError(
@@ -303,7 +348,7 @@ def _single(acc):  # an Accelerator that adds nothing of its own
     return acc
 
 # %% ../nbs/15_training.ipynb #40269a88
-def _check_net(loss, net, start):
+def _check_net(loss, net, start, labels, drop, hide, n):  # -> labels
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(
             f"loss is {loss!r}: an object that is called with "
@@ -319,6 +364,7 @@ def _check_net(loss, net, start):
     if start is not None:
         _begin_with(net, start)
     _check_weights(net)
+    return _check_labels(labels, drop, hide, net, n)
 
 # %% ../nbs/15_training.ipynb #482d2445
 def _check_weights(net):
@@ -373,6 +419,12 @@ def _check_labels(labels, drop, hide, net, n):
 def _check_watch(how):
     how.every = runs.whole("every", how.every, 0)
     how.keep_every = runs.whole("keep_every", how.keep_every, 0)
+    how.processes = runs.whole("num_processes", how.processes)
+    if how.minutes is not None and not how.minutes > 0:
+        raise ValueError(
+            f"minutes = {how.minutes}: a number > 0, or None for no "
+            "end, is needed"
+        )
     if how.callback is not None and not callable(how.callback):
         raise TypeError(
             f"callback is {how.callback!r}: a function of (step, net) "
@@ -395,6 +447,8 @@ def _open(run, loss, net, data, s, acc, labels):  # -> state at 0
     state.about = about
     state.what = {"run": run, "identity": identity, **about, **what}
     state.what["torch"] = torch.__version__
+    state.what["processes"] = acc.num_processes
+    state.first = acc.is_main_process
     return state
 
 # %% ../nbs/15_training.ipynb #254d10b8
@@ -406,11 +460,17 @@ def _is_complete(state):
     return int(meta["step"]) >= state.s.steps
 
 
-def _tell_version(state, say):  # another torch rounds differently
-    then = checkpoints.read_about(state.folder)
-    if then.get("torch", torch.__version__) != torch.__version__:
-        say(f"begun with torch {then['torch']}, goes on with "
-            f"{torch.__version__}: equal up to rounding")
+def _tell_version(state, say):  # where another rounding goes on
+    then, now = checkpoints.read_about(state.folder), state.what
+    then = {"torch": now["torch"], "processes": 1} | then
+    begun, goes_on = (
+        f"{n} process{'es' * (n > 1)} and torch {w['torch']}"
+        for w in (then, now)
+        for n in [w["processes"]]
+    )
+    if begun != goes_on:
+        say(f"begun with {begun}, goes on with {goes_on}: equal up to "
+            "rounding")
 
 # %% ../nbs/15_training.ipynb #92bdf7c8
 def _resume(state, say):  # -> status
@@ -479,8 +539,10 @@ def _result(state, status, say):  # -> Fit, announced
     log, seconds = checkpoints.read_log(state), state.seconds
     last = f", loss {log[-1]['loss']:.4f}" if log else ""
     device = next(state.net.parameters()).device.type
+    many = state.what["processes"]
+    where = f"{many} x {device}" if many > 1 else device
     say(f"{status} · {state.step} iterations in {seconds:.1f} s{last} "
-        f"· {state.s.precision} on {device}")
+        f"· {state.s.precision} on {where}")
     return Fit(state.ema.net, log, state.folder, seconds, status,
                checkpoints.snapshots(state))
 
@@ -500,18 +562,18 @@ def fit(
     drop: float = 0.1, hide: float = 0.0,  # chances: all, one unsaid
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
+    num_processes: int = 1, minutes: float | None = None,  # at most
     accelerator=None,  # yours, if you have one
     **settings,  # the other fields of Settings
 ) -> Fit:
     """Train, or go on, or fetch the result: whatever is left to do.
 
-    Raises: ValueError, TypeError for what does not fit; OSError, when a
-    state is not written; FloatingPointError, when the loss is not
-    finite; KeyboardInterrupt after Ctrl-C, with the state saved."""
+    Raises: ValueError, TypeError, OSError; FloatingPointError, when the
+    loss is not finite; KeyboardInterrupt or Stopped, with all saved."""
     s, data, acc = _prepare(steps, settings, data, accelerator)
-    _check_net(loss, net, start)
-    told = _check_labels(labels, drop, hide, net, len(data))
-    how = _How(every, callback, keep_every, save_every, told)
+    told = _check_net(loss, net, start, labels, drop, hide, len(data))
+    how = _How(every, callback, keep_every, save_every, told,
+               minutes, num_processes)
     with _learning(acc.device):
         return _fit(loss, net, data, run, s, acc, fresh, how)
 
@@ -530,6 +592,8 @@ class _How:  # what is beside loss, network, data and settings
     keep_every: int
     save_every: float | None
     labels: tuple | None = None  # with the chances of leaving out
+    minutes: float | None = None
+    processes: int = 1  # to be started
     look: object = None  # a preview, where there is no callback
 
     def __post_init__(self):
@@ -537,28 +601,34 @@ class _How:  # what is beside loss, network, data and settings
 
 # %% ../nbs/15_training.ipynb #2cbb2f9e
 def _fit(loss, net, data, run, s, acc, fresh, how):
-    progress = Progress(run, s.steps)
+    first = acc.is_main_process
+    progress = Progress(run, s.steps) if first else processes.Quiet()
     tell = functools.partial(say, progress)
     state = _open(run, loss, net, data, s, acc, how.labels)
     state.watcher = _name_of(how)
+    processes.check_same(acc, state.folder.name)
+    if not first:
+        return _follow(loss, state, data, acc, progress, how)
     shape = tuple(getattr(data, "shape", ()))
     if how.every and not how.callback and len(shape) == 3:
         how.look = preview(loss, shape)
     if not fresh and _is_complete(state):  # it is only read
-        checkpoints.restore(state)
-        return _reuse(state, how, tell)
+        return _reuse(state, how, tell, acc)
+    if how.processes > acc.num_processes == 1:
+        _launch(loss, net, data, state, fresh, how)
+        return _reuse(state, how, tell, acc, "trained")
     state.folder.mkdir(parents=True, exist_ok=True)
     with checkpoints.held(state.folder, tell):
         if fresh:
             checkpoints.clear(state.folder)
         if _is_complete(state):  # meanwhile
-            checkpoints.restore(state)
-            return _reuse(state, how, tell)
+            return _reuse(state, how, tell, acc)
         status = _resume(state, tell)
         if how.callback:
             checkpoints.catch_up(state, how.every, how.callback, tell)
+        _share(state, status, acc)
         _train(loss, state, data, acc, progress, how)
-        return _result(state, status, tell)
+        return _told(acc, _result(state, status, tell))
 
 # %% ../nbs/15_training.ipynb #9d273065
 def _name_of(how):  # of the callback: whose snapshots are these?
@@ -570,10 +640,53 @@ def _name_of(how):  # of the callback: whose snapshots are these?
         return f"unknown {time.time_ns()}"
 
 
-def _reuse(state, how, say):
+def _reuse(state, how, say, acc, status="reused"):
+    checkpoints.restore(state)
     if how.callback:
         checkpoints.catch_up(state, how.every, how.callback, say)
-    return _result(state, "reused", say)
+    _share(state, "reused", acc)
+    return _told(acc, _result(state, status, say))
+
+# %% ../nbs/15_training.ipynb #61aa0005
+def _share(state, status, acc):  # what process 0 begins with
+    if acc.num_processes > 1:
+        tensors, meta = checkpoints.pack(state)
+        tensors = {k: v.detach().cpu() for k, v in tensors.items()}
+        processes.from_first(acc, (status, tensors, meta))
+
+
+def _told(acc, made):  # the Fit of process 0, without its network
+    told = made.log, made.folder, made.seconds, made.status
+    processes.from_first(acc, (*told, made.snapshots))
+    return made
+
+
+def _follow(loss, state, data, acc, progress, how):  # the others
+    status, *saved = processes.from_first(acc, None)
+    checkpoints.unpack(state, *saved)
+    if status != "reused":
+        _train(loss, state, data, acc, progress, how)
+    return Fit(state.ema.net, *processes.from_first(acc, None))
+
+# %% ../nbs/15_training.ipynb #61aa0007
+def _launch(loss, net, data, state, fresh, how):
+    labels, drop, hide = how.labels or (None, 0.1, 0.0)
+    settings = dataclasses.asdict(state.s)
+    job = dict(
+        loss=loss, net=copy.deepcopy(net).cpu(), data=data,
+        run=state.what["run"], every=how.every, callback=how.callback,
+        keep_every=how.keep_every, labels=labels, drop=drop, hide=hide,
+        fresh=fresh, save_every=how.save_every, minutes=how.minutes,
+        **settings,
+    )
+    processes.launch(job, how.processes)
+    if not _is_complete(state):
+        raise RuntimeError(
+            f"{how.processes} processes trained, but not this run "
+            f"({state.folder.name}): what they were given is another "
+            "training there. Write loss, network and data into a file "
+            "of their own and import them"
+        )
 
 # %% ../nbs/15_training.ipynb #704fe07d
 def _begin_with(net, start):

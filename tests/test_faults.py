@@ -368,12 +368,6 @@ def test_precision_from_around_changes_nothing():
         assert torch.equal(train(run="inference", net=net).net.out.weight, want)
 
 
-def test_two_processes_of_torchrun_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="2 processes.*without torchrun"):
-        train()
-
-
 def test_modes_of_parts_are_as_they_were():
     net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
     for modes in ([True, True, False, True, False], [False, True, True, False, True]):
