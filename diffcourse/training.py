@@ -497,7 +497,8 @@ def fit(
     callback=None,  # (step, averaged net) -> to keep; None: preview
     keep_every: int = 0,  # iterations between two numbered weights
     labels=None,  # (n,) or (n, labels): what the network is told
-    drop: float = 0.1, hide: float = 0.0,  # chances: all, one unsaid
+    drop: float = 0.1,  # chance that an image's labels are not said
+    hide: float = 0.0,  # chance that one of them alone is not said
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
     accelerator=None,  # yours, if you have one
@@ -505,22 +506,23 @@ def fit(
 ) -> Fit:
     """Train, or go on, or fetch the result: whatever is left to do.
 
-    Raises: ValueError, TypeError for what does not fit; OSError, when a
-    state is not written; FloatingPointError, when the loss is not
-    finite; KeyboardInterrupt after Ctrl-C, with the state saved."""
-    s, data, acc = _prepare(steps, settings, data, accelerator)
+    Raises: ValueError for settings, network, data or labels that do
+    not fit; TypeError for what cannot be described; OSError when a
+    state cannot be written; FloatingPointError when the loss is not a
+    number; KeyboardInterrupt after Ctrl-C, with the state saved."""
+    job = _prepare(steps, settings, data, accelerator)
     _check_net(loss, net, start)
-    told = _check_labels(labels, drop, hide, net, len(data))
-    how = _How(every, callback, keep_every, save_every, told)
-    with _learning(acc.device):
-        return _fit(loss, net, data, run, s, acc, fresh, how)
+    how = every, callback, keep_every, save_every, labels, drop, hide
+    return _learn(loss, net, run, job, fresh, how)
 
 # %% ../nbs/15_training.ipynb #4943231f
-@contextlib.contextmanager
-def _learning(device):  # whatever the caller switched on or off
-    plain = torch.autocast(device.type, enabled=False)
+def _learn(loss, net, run, job, fresh, how):  # -> Fit
+    (s, data, acc), (*watch, labels, drop, hide) = job, how
+    told = _check_labels(labels, drop, hide, net, len(data))
+    how = _How(*watch, told)
+    plain = torch.autocast(acc.device.type, enabled=False)
     with plain, torch.inference_mode(False), torch.enable_grad():
-        yield
+        return _fit(loss, net, data, run, s, acc, fresh, how)
 
 # %% ../nbs/15_training.ipynb #57229bc1
 @dataclass
