@@ -53,7 +53,7 @@ _names |= {
     "tuned": "TwoStage Multistep",
     "matrix": "",
     "distill": "Distillation compact",
-    "guidance": "Guided",
+    "guidance": "Guided Composed",
     "consistency": "Consistency Renoise",
     "flow_maps": "FlowMapLoss",
     "meanflow": "MeanFlow MeanFlowLoss Intervals IntervalMLP",

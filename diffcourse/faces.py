@@ -180,6 +180,26 @@ def names(
     return [{name: words[i] for (name, words), i in zip(values, row)}
             for row in y.tolist()]
 
+# %% ../nbs/23_faces.ipynb #c19e5a02
+@patch_to(FaceLaw)
+def wish(
+    self,
+    **attributes,  # such as hair="long"; the rest is not said
+):  # -> (attributes,) int64 tensor: indices of values, or -1
+    """What to ask a network for, from words.
+
+    Raises: ValueError for an attribute or a value that is none."""
+    for name, value in attributes.items():
+        if name not in self.attributes:
+            raise ValueError(f"{name!r} is no attribute; they are "
+                             f"{', '.join(self.attributes)}")
+        if value not in self.attributes[name]:
+            raise ValueError(f"{name} is {value!r}; choose of "
+                             f"{', '.join(self.attributes[name])}")
+    return torch.tensor(
+        [values.index(attributes[name]) if name in attributes else -1
+         for name, values in self.attributes.items()])
+
 # %% ../nbs/23_faces.ipynb #94f69e81
 def _check_size(size):
     if type(size) is not int or size not in (32, 64):
@@ -201,13 +221,7 @@ def draw_face(
     Raises: ValueError for another size, attribute or value."""
     _check_size(size)
     a = {name: values[0] for name, values in LAW.attributes.items()}
-    for name, value in attributes.items():
-        if name not in a:
-            raise ValueError(f"{name!r} is no attribute; they are "
-                             f"{', '.join(a)}")
-        if value not in LAW.attributes[name]:
-            raise ValueError(f"{name} is {value!r}; choose of "
-                             f"{', '.join(LAW.attributes[name])}")
+    LAW.wish(**attributes)  # is everything a word of the law?
     return _levels([portrait(a | attributes, still(), size)])[0]
 
 # %% ../nbs/23_faces.ipynb #4fcfe087

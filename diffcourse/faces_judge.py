@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'EVEN', 'BALD', 'ANYBODY', 'VALID', 'OWN', 'FaceJudge', 'ReadingLoss', 'train_judge', 'face_judge',
            'publish', 'look', 'read', 'is_valid', 'valid_share', 'total_variation', 'tv_floor', 'FaceScore',
-           'judge_faces', 'main']
+           'judge_faces', 'granted', 'main']
 
 # %% ../nbs/44_faces_judge.ipynb #1e88d4b0
 import argparse, itertools
@@ -326,6 +326,40 @@ def judge_faces(
         len(y), float(is_valid(sure).double().mean()),
         float((LAW.probability(y) == 0).mean()),
         distance, _fd_floor(len(y)), *_variations(y))
+
+# %% ../nbs/44_faces_judge.ipynb #c19e5b02
+def granted(
+    x,  # (n, 3, 32, 32) or (n, 3, 64, 64) faces
+    **wish,  # what was asked for, such as hair="long", beard="full"
+) -> dict:  # shares: of each; together: of all; others: in floors
+    """What came of a wish, and whether all else kept its frequencies.
+
+    `others` is the total variation of the attributes that were not
+    asked for, from their law under the wish; 1 for perfect samples.
+
+    Raises: ValueError for an attribute or a value that is none."""
+    asked, y = LAW.wish(**wish), look(x)[1]
+    right, far, floor = {}, 0.0, 0.0
+    for i, name in enumerate(LAW.attributes):
+        if name in wish:
+            right[name] = y[:, i] == asked[i]
+            continue
+        p = _under(name, wish)
+        counts = np.bincount(y[:, i], minlength=len(p))
+        far += total_variation(counts, p)
+        floor += tv_floor(p, len(y))
+    anyone = torch.ones(len(y), dtype=torch.bool)
+    together = torch.stack([anyone, *right.values()]).all(0)
+    return {"shares": {k: float(v.double().mean())
+                       for k, v in right.items()},
+            "together": float(together.double().mean()),
+            "others": far / floor}
+
+# %% ../nbs/44_faces_judge.ipynb #c19e5b03
+def _under(name, wish):  # frequencies of an attribute, given a wish
+    values = [LAW.attributes[k].index(v) for k, v in wish.items()]
+    p = LAW.marginal(name, *wish)[(slice(None), *values)]
+    return p / p.sum()
 
 # %% ../nbs/44_faces_judge.ipynb #b8153f97
 def main(arguments=None):

@@ -467,18 +467,25 @@ def sample(
 ) -> Samples:
     """Solve from noise to data; sample j depends on seeds[j] alone.
 
-    Raises: ValueError, TypeError; OutOfMemoryError if none fits."""
+    Raises: ValueError, TypeError for what does not fit together, and
+    for a condition that the network does not know; OutOfMemoryError
+    when not even one sample fits into memory."""
     grid = _check_rule(den, solver, final, grid)
     n, seeds = _count(seeds, n, x)
     condition = _one_each(condition, n, den.net)
     _check_shapes(seeds, n, x, shape, batch, condition)
+    how = shape, seeds, n, x, condition, batch, progress
+    return _sampled(den, solver, grid, final, trajectory, how)
+
+# %% ../nbs/14_sampling.ipynb #c19e5d01
+def _sampled(den, solver, grid, final, trajectory, how):  # -> Samples
     times, begin = grid.times(den.path), runs.clock(den.device)
     solve = partial(_solve, den, solver, times, final, trajectory)
     with _ready(den, times):
-        states, nfe = _in_batches(
-            solve, den, shape, seeds, n, x, condition, batch, progress)
-    return Samples(states[-1], nfe, runs.clock(den.device) - begin,
-                   times, states if trajectory else None)
+        states, nfe = _in_batches(solve, den, *how)
+    seconds = runs.clock(den.device) - begin
+    return Samples(states[-1], nfe, seconds, times,
+                   states if trajectory else None)
 
 # %% ../nbs/14_sampling.ipynb #ab30c34d
 def _one_each(condition, n, net):  # of one for all, one a sample

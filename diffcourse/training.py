@@ -559,7 +559,8 @@ def fit(
     callback=None,  # (step, averaged net) -> to keep; None: preview
     keep_every: int = 0,  # iterations between two numbered weights
     labels=None,  # (n,) or (n, labels): what the network is told
-    drop: float = 0.1, hide: float = 0.0,  # chances: all, one unsaid
+    drop: float = 0.1,  # chance that an image's labels are not said
+    hide: float = 0.0,  # chance that one of them alone is not said
     fresh: bool = False,  # train again even if the run is complete
     save_every: float | None = None,  # seconds between two states
     num_processes: int = 1, minutes: float | None = None,  # at most
@@ -568,21 +569,21 @@ def fit(
 ) -> Fit:
     """Train, or go on, or fetch the result: whatever is left to do.
 
-    Raises: ValueError, TypeError, OSError; FloatingPointError, when the
-    loss is not finite; KeyboardInterrupt or Stopped, with all saved."""
-    s, data, acc = _prepare(steps, settings, data, accelerator)
-    told = _check_net(loss, net, start, labels, drop, hide, len(data))
-    how = _How(every, callback, keep_every, save_every, told,
-               minutes, num_processes)
-    with _learning(acc.device):
-        return _fit(loss, net, data, run, s, acc, fresh, how)
+    Raises: ValueError, TypeError for what does not fit; OSError where
+    a state cannot be written; FloatingPointError for a loss that is no
+    number; KeyboardInterrupt or Stopped, with the state saved."""
+    job = _prepare(steps, settings, data, accelerator)
+    told = _check_net(loss, net, start, labels, drop, hide, len(job[1]))
+    how = every, callback, keep_every, save_every, told, minutes
+    return _learn(loss, net, run, job, fresh, how, num_processes)
 
 # %% ../nbs/15_training.ipynb #4943231f
-@contextlib.contextmanager
-def _learning(device):  # whatever the caller switched on or off
-    plain = torch.autocast(device.type, enabled=False)
+def _learn(loss, net, run, job, fresh, how, processes):  # -> Fit
+    s, data, acc = job
+    how = _How(*how, processes)
+    plain = torch.autocast(acc.device.type, enabled=False)
     with plain, torch.inference_mode(False), torch.enable_grad():
-        yield
+        return _fit(loss, net, data, run, s, acc, fresh, how)
 
 # %% ../nbs/15_training.ipynb #57229bc1
 @dataclass

@@ -416,8 +416,9 @@ _ASKED = (
 class UNet(_Levels):
     """Residual blocks and attention over several resolutions.
 
-    Raises: ValueError. Ronneberger 2015, Nichol and Dhariwal 2021."""
-
+    Raises: ValueError for settings, and for inputs or conditions, that
+    do not fit.
+    Source: Ronneberger 2015, Ho 2020, Nichol and Dhariwal 2021."""
     def __init__(
         self,
         channels: int = 1,  # of the image: 1 grey, 3 colour
@@ -437,10 +438,9 @@ class UNet(_Levels):
         attributes=None,  # how many values each has: [2, 2, 5]
     ):
         super().__init__()
-        self._config = _config(
-            channels, size, base, mults, blocks, attention, heads,
-            dropout, scale_shift, max_frequency, time_mult, second_time,
-            patch, classes, attributes)
+        self._config = _config(channels, size, base, mults, blocks,
+            attention, heads, dropout, scale_shift, max_frequency,
+            time_mult, second_time, patch, classes, attributes)
         _build(self, _check_config(self._config), **self._config)
 
 # %% ../nbs/13_unet.ipynb #eafc2257

@@ -10,7 +10,9 @@ from torch import nn
 import diffcourse as dc
 from diffcourse.draws import batch_indices, told_labels
 from diffcourse.flow_matching import FlowMatching
-from diffcourse.guidance import Guided
+from diffcourse.faces import LAW, faces
+from diffcourse.faces_judge import granted
+from diffcourse.guidance import Composed, Guided
 from diffcourse.distill import Distillation
 from diffcourse.paths import VP, Linear
 from diffcourse.playground import GaussianMixture
@@ -336,3 +338,132 @@ def test_what_is_in_range_is_left_alone():
 def test_bad_taming(bad):
     with pytest.raises(ValueError, match="0 to 1 are allowed"):
         Guided(heaps(), 2.0, **bad)
+
+
+# several labels at once
+
+
+TABLE = [2, 4, 3]  # how many values each label has
+
+
+def told(seed=0):
+    net = unet(seed, classes=0, attributes=TABLE)
+    for table in net.labels.tables:
+        nn.init.normal_(table.weight[1:], std=0.5)
+    return net
+
+
+def table(n=40, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(k, (n,), generator=made) for k in TABLE], 1)
+
+
+def test_what_is_said_of_several_labels_adds_up():
+    net = told()
+    rows = torch.tensor([[1, 3, -1], [-1, -1, 2], [-1, -1, -1]])
+    one, two, three = (t.weight for t in net.labels.tables)
+    with torch.no_grad():
+        assert torch.allclose(net.labels(rows, 3), torch.stack([one[2] + two[4], three[3], 0 * one[0]]), atol=1e-6)
+
+
+def test_a_network_learns_two_labels_and_is_asked_for_both():
+    y = torch.stack([torch.arange(64) % 2, torch.arange(64) // 2 % 2], 1)
+    x = torch.zeros(64, 1, 4, 4)
+    x[:, :, :2], x[:, :, 2:] = (1.6 * y.T.float() - 0.8)[:, :, None, None, None]
+    net = unet(classes=0, attributes=[2, 2])
+    made = fit(FlowMatching(), net, x, "two", 250, labels=y, hide=0.4, batch=32, lr=5e-3, warmup=5)
+    den = Denoiser(made.net, Linear(), "flow")
+    asked = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(3, 1)
+    out = sample(den, (1, 4, 4), grid=uniform(10), seeds=range(12), condition=asked).x
+    assert torch.equal(out[:, 0, :2].mean((1, 2)) > 0, asked[:, 0] == 1)
+    assert torch.equal(out[:, 0, 2:].mean((1, 2)) > 0, asked[:, 1] == 1)
+    composed = Composed(den, [[1, -1], [-1, 0]], 1.5)
+    out = sample(composed, (1, 4, 4), grid=uniform(10), seeds=range(6)).x
+    assert (out[:, 0, :2].mean((1, 2)) > 0).all() and (out[:, 0, 2:].mean((1, 2)) < 0).all()
+
+
+@pytest.mark.parametrize("t", [0.4, torch.tensor(0.4), torch.tensor([0.2, 0.4, 0.9])])
+def test_a_composition_is_its_formula(t):
+    net, x = told(), torch.randn(3, 1, 4, 4)
+    wishes, scales = [[1, -1, -1], [-1, 2, -1], [-1, 0, 1]], (1.5, 2.0, 0.5)
+    each = torch.as_tensor(t).expand(3).float()
+    with torch.no_grad():
+        plain = net(x, each)
+        by_hand = plain + sum(w * (net(x, each, condition=torch.tensor([c] * 3)) - plain) for c, w in zip(wishes, scales))
+        den = Composed(Denoiser(net, Linear(), "flow"), wishes, scales)
+        assert (den(x, t).out - by_hand).abs().max() < 1e-5
+    assert den.nfe == 4 and den.condition is None and "condition" not in vars(den)
+
+
+def test_one_wish_is_guidance_and_none_is_the_plain_flow():
+    den, wish = Denoiser(told(), Linear(), "flow"), torch.tensor([[1, 3, -1]])
+    ways = Composed(den, wish, 2.0), Guided(den, 2.0)
+    one, two = (sample(d, (1, 4, 4), grid=uniform(4), seeds=range(5), condition=c, batch=2)
+                for d, c in zip(ways, (None, wish.expand(5, -1))))
+    assert (one.x - two.x).abs().max() < 1e-5 and one.nfe == two.nfe == 8
+    none, plain = (sample(d, (1, 4, 4), grid=uniform(4), seeds=range(5)).x for d in (Composed(den, wish, 0.0), den))
+    assert (none - plain).abs().max() < 1e-5
+
+
+def test_composed_heaps_end_where_another_solver_ends():
+    z = torch.linspace(-3, 3, 21, dtype=torch.float64)
+    den = Composed(heaps(), [0, 0], (1.0, 0.5))  # the same wish twice: w = 1.5
+    ends = sample(den, (1,), RK4(), uniform(200), x=z[:, None]).x[:, 0]
+    theirs = solve_ivp(slope(1.5), (1, 0), z.numpy(), method="DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
+    assert (ends - torch.as_tensor(theirs)).abs().max() < 1e-6
+
+
+def test_bad_wishes():
+    den = Denoiser(told(), Linear(), "flow")
+    with pytest.raises(TypeError, match="a Denoiser is needed"):
+        Composed(told(), [[0, 0, 0]])
+    for wrong in ([], 1):
+        with pytest.raises(ValueError, match="a row for each, one or more"):
+            Composed(den, wrong)
+    with pytest.raises(ValueError, match="label 1: 0 to 3, and -1 for not said"):
+        Composed(den, [[0, 4, 0]])
+    for scales in ((1.0, 2.0), -1.0, float("nan")):
+        with pytest.raises(ValueError, match="one for all, or one each"):
+            Composed(den, [[0, 1, 0]], scales)
+    with pytest.raises(ValueError, match="give it to Composed"):
+        sample(Composed(den, [[0, 1, 0]]), (1, 4, 4), grid=uniform(2), n=1, condition=torch.tensor([[0, 0, 0]]))
+    with pytest.raises(ValueError, match=r"shape \(4, 2\).*\(4, 3\), are needed"):
+        sample(Composed(den, [[0, 1]]), (1, 4, 4), grid=uniform(2), n=2)
+
+
+def test_bad_tables_of_labels():
+    x, y = images()[0], table()
+    train = lambda y: fit(FlowMatching(), told(), x, "bad", 1, labels=y, batch=8)
+    for wrong in (y[:, :2], torch.cat([y, y], 1)):
+        with pytest.raises(ValueError, match="whole numbers, .8, 3., are needed"):
+            train(wrong)
+    with pytest.raises(ValueError, match="label 2: 0 to 2"):
+        train(y + torch.tensor([0, 0, 1]))
+    den = Denoiser(told(), Linear(), "flow")
+    for wrong, said in ([[2, 0, 0]], "label 0: 0 to 1"), ([[0, -2, 0]], "from -2 to -2 for label 1"):
+        with pytest.raises(ValueError, match=said):
+            sample(den, (1, 4, 4), grid=uniform(2), n=1, condition=wrong)
+
+
+# the drawn faces
+
+
+def test_wishes_in_words():
+    wish = LAW.wish(glasses="square", hat="straw")
+    assert wish.dtype == torch.long and (wish >= 0).sum() == 2
+    names = [*LAW.attributes]
+    assert wish[names.index("glasses")] == 2 and wish[names.index("hat")] == 3
+    assert (LAW.wish() == -1).all()
+    with pytest.raises(ValueError, match="'nose' is no attribute; they are skin, hair"):
+        LAW.wish(nose="long")
+    with pytest.raises(ValueError, match="hat is 'crown'; choose of none, cap, beanie, straw"):
+        LAW.wish(hat="crown")
+
+
+def test_faces_are_granted_what_they_show():
+    x = faces("held_out", 32, 400).x
+    everyone, straw = granted(x), granted(x, hat="straw")
+    assert everyone["shares"] == {} and 0.6 < everyone["others"] < 1.4
+    assert straw["together"] == straw["shares"]["hat"] < 0.15
+    with pytest.raises(ValueError, match="is no attribute"):
+        granted(x, nose="long")
