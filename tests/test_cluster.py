@@ -301,6 +301,9 @@ def test_the_dockerfile():
         if line.startswith("RUN"):
             assert subprocess.run(["bash", "-n", "-c", line[3:]]).returncode == 0
             assert "pip install" not in line or "--no-cache-dir" in line
+    if linter := shutil.which("hadolint"):
+        done = subprocess.run([linter, FOLDER / "Dockerfile"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 def test_all_know_the_exit_code_and_the_commands():
