@@ -48,7 +48,8 @@ case $1 in
     if [ -n "$seed" ]; then set -- "$@" -p "seed=$seed"; fi
     command=("$python")
     if [ $((nodes * gpus)) -gt 1 ]; then    # torchrun on every node; they meet at the first one
-        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        first=${hosts%%$'\n'*}
         command=(srun --ntasks-per-node=1 --wait=60 "$python" -m diffcourse.processes --nnodes "$nodes" --nproc-per-node "$gpus"
             --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-$restarts" --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 20000))")
     fi
