@@ -332,20 +332,3 @@ def test_noise_prediction_cannot_start_where_no_data_is_left():
     den = Denoiser(Fake(), VP.cosine(), "eps")
     with pytest.raises(ValueError, match="start=0.999"):
         sample(den, (2,), DDIM(), uniform(4), n=2)
-
-
-def test_a_network_of_diffusers_walks_as_with_its_own_scheduler():
-    from diffusers import UNet2DModel
-
-    from diffcourse.sampling import FromDiffusers
-
-    torch.manual_seed(0)
-    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks).eval()
-    scheduler, path = theirs("trailing", 10)
-    x = normal(2, 1, 8, 8).float()
-    ours = sample(Denoiser(FromDiffusers(unet), path, "eps"), (1, 8, 8), DDIM(), trailing(10), x=x).x
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-    assert (ours - x).abs().max() < 1e-4 * x.abs().max()
