@@ -29,17 +29,17 @@ from .tasks import task as task_of
 from .training import Fit, fit
 
 # %% ../nbs/85_methods.ipynb #553d1269
-def _first(task, loss, name, net, changes, steps, seed):  # -> Fit
+def _first(task, loss, name, net, changes, steps, how):  # -> Fit
     given = {"steps": steps} if steps else {}
     chosen = task.settings(**changes | given)
     steps = chosen["steps"]
     task.check_net(task.net(**net))  # refused before data are read
     images = task.images("train")
-    log = dict(seed=seed, log_every=max(1, steps // 60))
-    torch.manual_seed(seed)
+    how |= dict(log_every=max(1, steps // 60))
+    torch.manual_seed(how["seed"])
     return fit(
         loss, task.net(**net), images, task.run(name),
-        every=max(1, steps // 6), **log | chosen)
+        every=max(1, steps // 6), **how | chosen)
 
 # %% ../nbs/85_methods.ipynb #6a194a2d
 _ROADS = {
@@ -59,6 +59,7 @@ def train_ddpm(
     schedule: str = "cosine",  # or linear; table: a thousand steps
     steps: int = 0,  # iterations; 0: the task's own
     seed: int = 0,  # of the network and the training
+    num_processes: int = 1,  # that train together
 ) -> list[Fit]:  # one
     """A diffusion model, as chapter 2 trains it.
 
@@ -69,8 +70,9 @@ def train_ddpm(
     guess = Denoiser(task.net(**net), road, predicts)
     guess.x0(torch.zeros(1, *task.shape), 1.0)  # does it all fit?
     loss, changes = DenoisingLoss(road, predicts), settings | machine
+    how = dict(seed=seed, num_processes=num_processes)
     return [_first(task, loss, prefix + "ddpm", net, changes, steps,
-                   seed)]
+                   how)]
 
 # %% ../nbs/85_methods.ipynb #9cf19d58
 def train_flow(
@@ -82,6 +84,7 @@ def train_flow(
     time_law: list = [],  # mean, std of logit-normal; []: uniform
     steps: int = 0,  # iterations; 0: the task's own
     seed: int = 0,  # of the network and the training
+    num_processes: int = 1,  # that train together
 ) -> list[Fit]:  # one
     """A flow, as chapter 4 trains it.
 
@@ -93,8 +96,9 @@ def train_flow(
         )
     law = LogitNormal(*time_law) if time_law else "uniform"
     loss, changes = FlowMatching(times=law), settings | machine
+    how = dict(seed=seed, num_processes=num_processes)
     return [_first(task, loss, prefix + "flow", net, changes, steps,
-                   seed)]
+                   how)]
 
 # %% ../nbs/85_methods.ipynb #a6f7471f
 _STUDENT = dict(lr=1e-3, warmup=20, decay=1.0, ema=0.99,
@@ -126,6 +130,7 @@ def train_meanflow(
     settings: dict = {},  # changes of the training: lr, ema, …
     machine: dict = {},  # for this machine: precision, compile
     seed: int = 0,  # of the new layers and the training
+    num_processes: int = 1,  # that train together
 ) -> list[Fit]:  # one
     """MeanFlow from a trained flow, as in chapter 7.
 
@@ -135,7 +140,8 @@ def train_meanflow(
     images = task.images("train")
     usual = _STUDENT | dict(batch=batch, seed=seed)
     how = task.settings(**usual | settings | machine)
-    how |= dict(steps=steps, log_every=max(1, steps // 30))
+    how |= dict(steps=steps, log_every=max(1, steps // 30),
+                num_processes=num_processes)
     loss = MeanFlowLoss(Intervals(law, share), power=power, c=c)
     name = _named(task, prefix, "meanflow")
     net = with_interval(flow.net, seed)
@@ -153,6 +159,7 @@ def train_labels(
     student_steps: int = 150,  # of the one that asks once; 0: none
     draw_steps: int = 10,  # of the solver that this one is for
     seed: int = 0,  # of the network and the training
+    num_processes: int = 1,  # that train together
 ) -> list[Fit]:  # the network with labels, and its student
     """A flow that knows labels, and its student, as in chapter 9.
 
@@ -161,6 +168,7 @@ def train_labels(
     images = _with_classes(task)
     how = _STUDENT | dict(batch=batch, seed=seed) | settings | machine
     how = task.settings(**how) | dict(steps=steps, labels=images.y)
+    how["num_processes"] = num_processes
     net = _with_labels(task, images, flow, seed)
     names = [_named(task, prefix, k) for k in _LABELS]
     made = [fit(FlowMatching(), net, images, names[0], **how)]
@@ -259,6 +267,7 @@ _MORE = _OPTIONS | dict(
     settings={},  # changes of the training: lr, ema, …
     machine={},  # for this machine: precision, compile
     seed=0,  # of the trainings
+    num_processes=1,  # that train together
 )
 
 
@@ -267,7 +276,8 @@ def _training(task, more):  # what `fit` is told of a student
                  seed=more["seed"])
     how = SETTINGS | usual | more["settings"] | more["machine"]
     every = max(1, more["iterations"] // 6)
-    return task.settings(**how) | {"every": every}
+    how = task.settings(**how) | {"every": every}
+    return how | {"num_processes": more["num_processes"]}
 
 
 def _few(kind, steps):  # the name of a student

@@ -82,7 +82,9 @@ class Slurm:
         self.options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", SCRIPT.read_text(), re.M))
 
     def program(self, path, *codes):
-        path.write_text(f"#!{sys.executable}\nimport sys\n" + "\n".join(map(textwrap.dedent, codes)))
+        program = path.with_name(f"{path.name}.py")
+        program.write_text("import sys\n" + "\n".join(map(textwrap.dedent, codes)))
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')  # a path with a blank is none for #!
         path.chmod(0o755)
         return path
 
