@@ -174,7 +174,8 @@ def test_a_fault_is_not_queued_again(slurm):
 
 
 def test_saved_and_not_done_is_queued_again_without_a_warning(slurm):
-    slurm.python.write_text(slurm.python.read_text().replace("all done", "enough").replace(
+    code = slurm.python.with_name("python.py")
+    code.write_text(code.read_text().replace("all done", "enough").replace(
         'print("enough"', f'sys.exit({AGAIN} if int(os.environ["SLURM_RESTART_COUNT"]) < 2 else 0); print("enough"'))
     assert slurm.sbatch("train", "flow") == (0, 2)
 
