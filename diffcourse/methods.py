@@ -29,17 +29,23 @@ from .tasks import task as task_of
 from .training import Fit, fit
 
 # %% ../nbs/85_methods.ipynb #553d1269
-def _first(task, loss, name, net, changes, steps, how):  # -> Fit
+def _first(task, loss, name, net, changes, steps, seed, processes):
     given = {"steps": steps} if steps else {}
     chosen = task.settings(**changes | given)
     steps = chosen["steps"]
     task.check_net(task.net(**net))  # refused before data are read
     images = task.images("train")
-    how |= dict(log_every=max(1, steps // 60))
-    torch.manual_seed(how["seed"])
+    how = dict(seed=seed, num_processes=processes,
+               log_every=max(1, steps // 60))
+    torch.manual_seed(seed)
     return fit(
         loss, task.net(**net), images, task.run(name),
         every=max(1, steps // 6), **how | chosen)
+
+
+def _must_fit(task, net, path, predicts):
+    guess = Denoiser(task.net(**net), path, predicts)
+    guess.x0(torch.zeros(1, *task.shape), 1.0)
 
 # %% ../nbs/85_methods.ipynb #6a194a2d
 _ROADS = {
@@ -67,12 +73,10 @@ def train_ddpm(
     if schedule not in _ROADS:
         raise ValueError(f"schedule={schedule!r}: one of {[*_ROADS]}")
     road = _ROADS[schedule]()
-    guess = Denoiser(task.net(**net), road, predicts)
-    guess.x0(torch.zeros(1, *task.shape), 1.0)  # does it all fit?
+    _must_fit(task, net, road, predicts)
     loss, changes = DenoisingLoss(road, predicts), settings | machine
-    how = dict(seed=seed, num_processes=num_processes)
     return [_first(task, loss, prefix + "ddpm", net, changes, steps,
-                   how)]
+                   seed, num_processes)]
 
 # %% ../nbs/85_methods.ipynb #9cf19d58
 def train_flow(
@@ -96,9 +100,8 @@ def train_flow(
         )
     law = LogitNormal(*time_law) if time_law else "uniform"
     loss, changes = FlowMatching(times=law), settings | machine
-    how = dict(seed=seed, num_processes=num_processes)
     return [_first(task, loss, prefix + "flow", net, changes, steps,
-                   how)]
+                   seed, num_processes)]
 
 # %% ../nbs/85_methods.ipynb #a6f7471f
 _STUDENT = dict(lr=1e-3, warmup=20, decay=1.0, ema=0.99,
@@ -175,9 +178,7 @@ def train_labels(
     if student_steps:
         den = Denoiser(made[0].net, flow.path, "flow")
         how |= dict(lr=5e-4, steps=student_steps, drop=0.0)
-        loss = Distillation(Guided(den, 1.5), draw_steps, ratio=1)
-        pupil = trainable(den.net)
-        made.append(fit(loss, pupil, images, names[1], **how))
+        made.append(_asks_once(den, images, names[1], draw_steps, how))
     return made
 
 # %% ../nbs/85_methods.ipynb #09cb2f6f
@@ -199,6 +200,11 @@ def _with_labels(task, images, flow, seed):  # begins with the flow
     net = task.net(classes=int(max(images.y)) + 1)
     net.load_state_dict(flow.net.state_dict(), strict=False)
     return net
+
+
+def _asks_once(den, images, name, steps, how):  # -> Fit
+    loss = Distillation(Guided(den, 1.5), steps, ratio=1)
+    return fit(loss, trainable(den.net), images, name, **how)
 
 # %% ../nbs/85_methods.ipynb #046cb946
 def _check_student_of(teacher, teacher_steps, target, rules):
