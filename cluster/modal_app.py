@@ -18,6 +18,7 @@ from pathlib import Path
 import modal
 
 HOME = "/home-of-runs"                          # DIFFCOURSE_HOME there: a folder on the volume
+CODE = "/code"                                  # where the package lies there
 AGAIN = 75                                      # exit code of a training that is saved and not done
 HERE = Path(__file__).resolve()
 PACKAGES = []
@@ -29,9 +30,9 @@ if modal.is_local():                            # this file is imported in the c
 app = modal.App("diffcourse")
 volume = modal.Volume.from_name("diffcourse", create_if_missing=True)
 image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(*PACKAGES).env(
-    {"DIFFCOURSE_HOME": HOME, "PYTHONUNBUFFERED": "1"})
+    {"DIFFCOURSE_HOME": HOME, "PYTHONPATH": CODE, "PYTHONUNBUFFERED": "1"})
 if modal.is_local():
-    image = image.add_local_dir(HERE.parents[1] / "diffcourse", "/root/diffcourse", ignore=["**/__pycache__"])
+    image = image.add_local_dir(HERE.parents[1] / "diffcourse", f"{CODE}/diffcourse", ignore=["**/__pycache__"])
 
 
 def whole(words: list[str], processes: int = 1) -> list[str]:
